@@ -1,0 +1,3 @@
+lab test docs bench outputs readme clean:
+	@echo "not here yet: $@"
+.PHONY: lab test docs bench outputs readme clean
