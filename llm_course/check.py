@@ -55,7 +55,7 @@ def run_case(
     except Exception as error:
         return error
 
-# %% ../nbs/02_check.ipynb #a401eb61
+# %% ../nbs/02_check.ipynb #8c0827f1
 def show(
     x: Any, # An answer or an argument
 ) -> str:   # At most a few lines
@@ -68,7 +68,7 @@ def show(
         t = torch.as_tensor(x).detach().cpu()
         array = (t.float() if t.is_floating_point() else t).numpy()
         text = np.array2string(array, precision=4, threshold=24, edgeitems=2, separator=", ")
-        return f"shape {tuple(t.shape)}: {text}"
+        return f"shape {tuple(t.shape)}:\n{text}".replace("\n", "\n      ")
     text = repr(x)
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -87,7 +87,7 @@ class CheckFailed(AssertionError):
         "Jupyter shows this instead of a traceback: the learner's code did not crash."
         return str(self).splitlines()
 
-# %% ../nbs/02_check.ipynb #eeaf2f66
+# %% ../nbs/02_check.ipynb #a6fc271c
 @dataclass
 class Exercise:
     "A task with a reference solution, cases to try, staged hints, and its known mistakes."
@@ -104,10 +104,13 @@ class Exercise:
         self,
         fn: Callable, # The learner's function
     ) -> None:
-        "Say that the function is right, or raise `CheckFailed` with a diagnosis."
-        if problem := diagnose(self, fn):
+        "Say that `fn` is right or not begun, or raise `CheckFailed` with a diagnosis."
+        if all(run_case(fn, case) is None for case in self.cases):
+            print(f"○ {self.name}: not started (or is the return missing?). About {self.minutes} minutes.")
+        elif problem := diagnose(self, fn):
             raise problem
-        print(f"✓ {self.name}: right on all {len(self.cases)} cases.")
+        else:
+            print(f"✓ {self.name}: right on all {len(self.cases)} cases.")
 
     def hint(
         self,
