@@ -12,7 +12,7 @@ from typing import Any, Callable
 import numpy as np
 import torch
 
-# %% ../nbs/02_check.ipynb #af459671
+# %% ../nbs/02_check.ipynb #6d99d5c9
 def agree(
     a: Any,           # An answer: number, string, tensor, array, list, tuple, dict or None
     b: Any,           # Another
@@ -23,8 +23,9 @@ def agree(
         if not all(isinstance(x, (torch.Tensor, np.ndarray)) for x in (a, b)):
             return False
         a, b = torch.as_tensor(a).detach().cpu(), torch.as_tensor(b).detach().cpu()
-        return a.shape == b.shape and torch.allclose(a.double(), b.double(), tol, tol, equal_nan=True)
-    if isinstance(a, (bool, str, bytes, type(None))) or isinstance(b, (bool, str, bytes, type(None))):
+        same_shape = a.shape == b.shape
+        return same_shape and torch.allclose(a.double(), b.double(), tol, tol, equal_nan=True)
+    if any(isinstance(x, (bool, str, bytes, type(None))) for x in (a, b)):
         return type(a) is type(b) and a == b
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
         return math.isclose(a, b, rel_tol=tol, abs_tol=tol) or (a != a and b != b)
@@ -87,7 +88,7 @@ class CheckFailed(AssertionError):
         "Jupyter shows this instead of a traceback: the learner's code did not crash."
         return str(self).splitlines()
 
-# %% ../nbs/02_check.ipynb #a6fc271c
+# %% ../nbs/02_check.ipynb #4f1bcc15
 @dataclass
 class Exercise:
     "A task with a reference solution, cases to try, staged hints, and its known mistakes."
@@ -97,7 +98,7 @@ class Exercise:
     hints: list[str] = field(default_factory=list)  # From a nudge to nearly the answer
     minutes: int = 10             # How long a learner needs
     difficulty: int = 2           # 1 (easy) to 5 (hard)
-    misconceptions: dict[str, Callable] = field(default_factory=dict)  # What went wrong -> wrong code
+    misconceptions: dict[str, Callable] = field(default_factory=dict)  # Mistake -> wrong code
     tol: float = 1e-5             # Tolerance for numbers
 
     def check(
@@ -106,7 +107,7 @@ class Exercise:
     ) -> None:
         "Say that `fn` is right or not begun, or raise `CheckFailed` with a diagnosis."
         if all(run_case(fn, case) is None for case in self.cases):
-            print(f"○ {self.name}: not started (or is the return missing?). About {self.minutes} minutes.")
+            print(f"○ {self.name}: not started, or is the return missing? ({self.minutes} minutes)")
         elif problem := diagnose(self, fn):
             raise problem
         else:
@@ -117,13 +118,14 @@ class Exercise:
         n: int = 1, # Which hint: 1 is a nudge, higher numbers say more
     ) -> None:
         "Print the first `n` hints."
-        print("\n".join(f"Hint {i} of {len(self.hints)}: {h}" for i, h in enumerate(self.hints[:n], 1)))
+        for i, text in enumerate(self.hints[:n], 1):
+            print(f"Hint {i} of {len(self.hints)}: {text}")
 
     def solution(self) -> None:
         "Print the reference solution."
         print(inspect.getsource(self.reference))
 
-# %% ../nbs/02_check.ipynb #04859a8a
+# %% ../nbs/02_check.ipynb #c066ecf7
 def _matches(ex: Exercise, got: list, fn: Callable) -> bool:
     "Does `fn` give, on every case, the answers in `got`?"
     def same(a, b):
@@ -139,7 +141,7 @@ def diagnose(
     "Compare `fn` with the reference and, if it fails, with every known mistake."
     got = [run_case(fn, case) for case in ex.cases]
     want = [run_case(ex.reference, case) for case in ex.cases]
-    wrong = [i for i in range(len(want)) if isinstance(got[i], Exception) or not agree(want[i], got[i], ex.tol)]
+    wrong = [i for i in range(len(want)) if not agree(want[i], got[i], ex.tol)]
     if not wrong:
         return None
     i = min(wrong, key=lambda i: len(repr(ex.cases[i])))
@@ -150,7 +152,8 @@ def diagnose(
             if _matches(ex, got, mistake):
                 return CheckFailed(f"✗ {ex.name}: {name}.\n{seen}", name)
     more = "\nStuck? Call .hint() on the exercise." if ex.hints else ""
-    return CheckFailed(f"✗ {ex.name}: not yet ({len(wrong)} of {len(want)} cases differ).\n{seen}{more}")
+    differ = f"not yet ({len(wrong)} of {len(want)} cases differ)"
+    return CheckFailed(f"✗ {ex.name}: {differ}.\n{seen}{more}")
 
 # %% ../nbs/02_check.ipynb #fe9f2a19
 def verify(

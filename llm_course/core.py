@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 import llm_course
 
-# %% ../nbs/00_core.ipynb #c796dd42
+# %% ../nbs/00_core.ipynb #c77f33f0
 def pick_device(
-    prefer: str | None = None, # "cuda", "mps" or "cpu"; by default $LLM_COURSE_DEVICE, else the fastest
+    prefer: str | None = None, # "cuda", "mps" or "cpu"; else $LLM_COURSE_DEVICE, else the fastest
 ) -> torch.device:             # A device that works here
     "The device to compute on. Raises `ValueError` when the preferred one is not available."
     available = ["cpu"]
@@ -87,7 +87,7 @@ def relative_error(
         return float("inf")
     return ((got - reference).norm() / reference.norm().clamp_min(1e-30)).item()
 
-# %% ../nbs/00_core.ipynb #4489dbbd
+# %% ../nbs/00_core.ipynb #4a56dc51
 def _probe(device: torch.device) -> dict[str, Tensor]:
     "A seeded forward and backward pass that uses the operations of a language model."
     import torch.nn.functional as F
@@ -100,9 +100,10 @@ def _probe(device: torch.device) -> dict[str, Tensor]:
     x = x + F.scaled_dot_product_attention(q, x[:, None], x[:, None], is_causal=True)[:, 0]
     loss = F.cross_entropy((x @ table.T).flatten(0, 1), tokens.roll(-1, 1).flatten())
     loss.backward()
-    return {"forward pass": x, "loss": loss, "embedding gradient": table.grad, "weight gradient": weight.grad}
+    gradients = {"embedding gradient": table.grad, "weight gradient": weight.grad}
+    return {"forward pass": x, "loss": loss, **gradients}
 
-# %% ../nbs/00_core.ipynb #cfba8623
+# %% ../nbs/00_core.ipynb #e1f953e0
 def parity(
     device: torch.device | str,  # The accelerator to try
     tolerance: float = 1e-3,     # Largest relative error that is let pass
@@ -115,17 +116,17 @@ def parity(
     wrong = [f"{name} (relative error {e:.2g})" for name, e in errors.items() if not e <= tolerance]
     if wrong:
         raise RuntimeError(
-            f"{device} does not compute what the CPU computes: {', '.join(wrong)}; at most {tolerance:g} is "
-            'allowed. Do not train on it: use pick_device("cpu"), or update its driver and torch.')
+            f"{device} does not compute what the CPU computes: {', '.join(wrong)}; at most {tolerance:g} "
+            'is allowed. Do not train on it: use pick_device("cpu"), or update its driver and torch.')
     return errors
 
-# %% ../nbs/00_core.ipynb #2fe67bbc
+# %% ../nbs/00_core.ipynb #842796eb
 @contextmanager
 def atomic_write(
     path: str | Path,  # The file to make or replace
     mode: str = "wb",  # "wb" for bytes, "w" for UTF-8 text
 ):
-    "Open a file that replaces `path` when the block ends well and leaves it untouched when it does not."
+    "Open a file that replaces `path` if the block ends well and leaves it untouched otherwise."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -177,14 +178,15 @@ def is_online(
     except OSError:
         return False
 
-# %% ../nbs/00_core.ipynb #85f71514
+# %% ../nbs/00_core.ipynb #0805a67c
 def lesson(
     name: str,     # The notebook's name without its ending
     minutes: int,  # How long a learner needs, exercises included
 ) -> None:
     "Print a lesson's header: version, device, network and minutes. Takes less than two seconds."
-    online = "online" if is_online(timeout=1) else "offline"
-    print(f"llm-course {llm_course.__version__} · {name} · {pick_device()} · {online} · about {minutes} minutes")
+    network = "online" if is_online(timeout=1) else "offline"
+    parts = [f"llm-course {llm_course.__version__}", name, str(pick_device()), network]
+    print(" · ".join([*parts, f"about {minutes} minutes"]))
 
 # %% ../nbs/00_core.ipynb #dc40227b
 class LiveCurve:
