@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +30,7 @@ STEADY = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-TIMES = re.compile(r"(<!-- seconds -->\n).*?(<!-- /seconds -->)", re.S)
-RAISES = "raises-exception"  # JupyterLab and nbclient go on after a cell with this tag
+TIMES = re.compile(r"(<!-- lesson-times -->\n).*?(<!-- /lesson-times -->)", re.S)
 
 
 def find(names: list, folder: Path = NBS) -> list:
@@ -62,7 +62,8 @@ def execute(path: Path, timeout: int = 300) -> tuple:
                             resources={"metadata": {"path": str(path.parent)}})
     with tempfile.TemporaryDirectory() as home:
         start = time.perf_counter()
-        client.execute(env={**os.environ, **STEADY, "IPYTHONDIR": home})
+        env = {**os.environ, **STEADY, "IPYTHONDIR": home}
+        client.execute(env=env, stderr=subprocess.DEVNULL)  # the kernel's log, not the cells' output
     return notebook, time.perf_counter() - start
 
 
@@ -101,16 +102,11 @@ def store(path: Path) -> float:
 
     notebook, seconds = execute(path)
     for cell in notebook.cells:
-        cell.metadata.pop("tags", None)
-        if cell.cell_type != "code":
-            continue
-        if is_skipped(cell.source):
-            cell.outputs = []
-            cell.metadata["tags"] = [RAISES]
-        cell.outputs = [o for o in cell.outputs if steady_output(o)]
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if steady_output(o)]
     plain = json.loads(nbformat.writes(notebook))
     plain["metadata"].pop("widgets", None)
-    clean_nb(plain, allowed_cell_metadata_keys=["jupyter", "tags"])
+    clean_nb(plain, allowed_cell_metadata_keys=["jupyter"])
     write_if_changed(path, nb2str(plain))
     return seconds
 
@@ -126,8 +122,8 @@ def write_if_changed(path: Path, text: str) -> None:
 
 def write_times(seconds: dict) -> None:
     "Put a table of seconds between the two marks in the index."
-    rows = ["| lesson | seconds |", "|---|---|"]
-    rows += [f"| `{name}` | {value:.0f} |" for name, value in seconds.items()]
+    rows = ["| lesson | seconds |", "|---|---:|"]
+    rows += [f"| `{name}` | {value:.0f} |" for name, value in seconds.items() if name != "index"]
     path = NBS / "index.ipynb"
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
@@ -138,7 +134,7 @@ def write_times(seconds: dict) -> None:
             cell["source"] = text.splitlines(keepends=True)
             from execnb.nbio import nb2str
             return write_if_changed(path, nb2str(notebook))
-    raise SystemExit("nbs/index.ipynb has no <!-- seconds --> ... <!-- /seconds --> to write between")
+    raise SystemExit("nbs/index.ipynb has no <!-- lesson-times --> ... <!-- /lesson-times -->")
 
 
 def main() -> None:
