@@ -1,0 +1,153 @@
+"The lessons keep the rules of the course (rules.py)."
+import ast
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import rules
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = rules.lessons()
+LIGHT = ("core", "world", "check", "tokens", "data.batches", "model", "train", "generate",
+         "evaluate", "evolve", "align")
+each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+
+
+def complain(lesson, complaints):
+    if complaints := list(complaints):
+        pytest.fail("\n  ".join([f"{lesson.path.name}:", *complaints]), pytrace=False)
+
+
+@each_lesson
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
+def test_rule(lesson, rule):
+    complain(lesson, rule(lesson))
+
+
+@each_lesson
+def test_exports_import_only_lower_numbers(lesson):
+    complain(lesson, rules.exports_import_lower_numbers(lesson, rules.modules(LESSONS)))
+
+
+def test_there_are_lessons():
+    assert len(LESSONS) > 2
+
+
+def test_numbers_and_modules_are_unique():
+    numbers = [lesson.number for lesson in LESSONS if lesson.number >= 0]
+    found = [lesson.module for lesson in LESSONS if lesson.module]
+    assert len(set(numbers)) == len(numbers), f"two lessons share a number: {numbers}"
+    assert len(set(found)) == len(found), f"two lessons export the same module: {found}"
+
+
+def module_names(package: Path) -> set:
+    "The modules of a package, apart from those that no notebook makes."
+    found = {path.relative_to(package).with_suffix("") for path in package.rglob("*.py")}
+    own = {"__init__", "__main__", "_modidx"}
+    return {".".join(path.parts) for path in found if path.name not in own}
+
+
+def test_no_module_without_its_lesson():
+    exported = {lesson.module for lesson in LESSONS if lesson.exported}
+    stale = module_names(ROOT / "llm_course") - exported
+    assert not stale, f"no notebook exports {sorted(stale)}; delete what a renamed notebook left"
+    missing = exported - module_names(ROOT / "llm_course")
+    assert not missing, f"run nbdev_export: {sorted(missing)} are not there"
+
+
+def light_modules() -> list:
+    "The modules that must import with next to nothing installed."
+    names = sorted(rules.modules(LESSONS))
+    return [name for name in names if name.startswith(LIGHT)]
+
+
+BLOCK = """
+import importlib.abc, sys
+allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "regex", "safetensors", "llm_course"}
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        # What torch itself tries to import is torch's business: only the importing file counts.
+        if name.split(".")[0] in allowed:
+            return None
+        frame = sys._getframe(1)
+        while frame and "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        if frame and "llm_course" in frame.f_globals.get("__name__", ""):
+            raise ModuleNotFoundError(f"{name} is not among torch, numpy, regex and safetensors")
+
+sys.meta_path.insert(0, Blocker())
+for name in %s:
+    __import__("llm_course." + name)
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          encoding="utf-8", cwd=ROOT)
+
+
+def test_light_modules_need_next_to_nothing():
+    result = run_python(BLOCK % light_modules())
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_blocker_blocks(tmp_path):
+    package = tmp_path / "llm_course"
+    package.mkdir()
+    (package / "__init__.py").write_text("import matplotlib", encoding="utf-8")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + BLOCK % ["core"]
+    result = run_python(code)
+    assert "matplotlib is not among" in result.stderr
+
+
+def test_import_is_quick():
+    def seconds(code):
+        start = time.perf_counter()
+        assert run_python(code).returncode == 0
+        return time.perf_counter() - start
+    pairs = [(seconds("import llm_course"), seconds("pass")) for _ in range(9)]
+    extra = statistics.median(a for a, b in pairs) - statistics.median(b for a, b in pairs)
+    noise = statistics.median(b for a, b in pairs)
+    assert extra < max(0.05, noise), f"import llm_course takes {1000 * extra:.0f} ms, at most 50"
+    loaded = run_python("import llm_course, sys; print('torch' in sys.modules)").stdout
+    assert loaded.strip() == "False", "import llm_course must not import torch"
+
+
+def text_files() -> list:
+    "Files of the project that people read, notebooks and generated modules left out."
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], capture_output=True,
+                            text=True, encoding="utf-8", cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    kinds = {".py", ".md", ".yml", ".yaml", ".ini", ".toml", ".cff", ".txt", ".css", ""}
+    paths = [ROOT / line for line in listed.stdout.splitlines()]
+    return [p for p in paths if p.suffix in kinds and p.is_file() and "llm_course" not in p.parts[-2:]]
+
+
+def test_files_name_no_machine():
+    for path in text_files():
+        if path.name in ("rules.py", "test_rules.py"):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            found = rules.MACHINE_PATH.search(line)
+            assert not found, f"{path.relative_to(ROOT)}:{number}: {found[0]} is a path of one machine"
+
+
+def test_programs_say_their_encoding():
+    programs = [ROOT / "setup.py", *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    for path in programs:
+        found = rules.unencoded(ast.parse(path.read_text(encoding="utf-8")))
+        assert not found, f"{path.relative_to(ROOT)}: {found} need encoding=\"utf-8\""
+
+
+def test_readme_links_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text)
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert links and not missing, f"README.md links to {missing}; the index's links start in nbs/"

@@ -1,0 +1,150 @@
+"""One test over all exercises of the course.
+
+In each lesson: the stub fails, the solution passes, each misconception fails and is diagnosed by its
+own name, and no two misconceptions look the same on the cases.
+"""
+import ast
+import importlib
+import itertools
+import re
+
+import pytest
+
+import rules
+from llm_course.check import CheckFailed, Exercise, diagnose
+
+LESSONS = [lesson for lesson in rules.lessons() if lesson.exported]
+IMPORTS = (ast.Import, ast.ImportFrom)
+
+
+def is_import(cell) -> bool:
+    return bool(cell.tree.body) and all(isinstance(node, IMPORTS) for node in cell.tree.body)
+
+
+def checks(cell) -> list:
+    "(exercise, function) names of the calls `ex.check(fn)` in a cell."
+    calls = [node for node in cell.nodes(ast.Call) if getattr(node.func, "attr", "") == "check"]
+    return [(call.func.value.id, call.args[0].id) for call in calls
+            if isinstance(call.func.value, ast.Name) and call.args and isinstance(call.args[0], ast.Name)]
+
+
+def bound(cell) -> set:
+    "Names that a cell defines at its top level."
+    names = {node.name for node in cell.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in cell.tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.For)):
+            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return names
+
+
+class Collected:
+    "The exercises of one lesson, with their stubs and their solutions."
+
+    def __init__(self, lesson):
+        self.cells = [cell for cell in lesson.code_cells if not cell.exported]
+        self.space = dict(vars(importlib.import_module(f"llm_course.{lesson.module}")))
+        self.stubs, self.solutions, self.done = {}, {}, set()
+        for cell in self.cells:
+            if is_import(cell) and not cell.skipped:
+                exec(cell.source, self.space)
+        for cell in self.cells:
+            if defines_exercise(cell):
+                self.run(cell)
+            elif any(name in self.exercises for name, _ in checks(cell)):
+                self.keep(cell)
+
+    @property
+    def exercises(self) -> dict:
+        return {k: v for k, v in self.space.items() if isinstance(v, Exercise)}
+
+    def run(self, cell) -> None:
+        "Run a cell once, and before it the cells whose names it uses: much less than the whole lesson."
+        if cell.id in self.done:
+            return
+        self.done.add(cell.id)
+        self.prepare(cell)
+        exec(compile(cell.source, cell.id, "exec"), self.space)
+
+    def prepare(self, cell) -> None:
+        "Run the earlier cells that define what this one uses."
+        used = {node.id for node in cell.nodes(ast.Name)} - bound(cell) - self.space.keys()
+        for earlier in self.cells[:self.cells.index(cell)]:
+            if used & bound(earlier) and not earlier.skipped:
+                self.run(earlier)
+
+    def keep(self, cell) -> None:
+        "Define a cell's functions without running its checks."
+        self.prepare(cell)
+        body = [node for node in cell.tree.body
+                if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))]
+        space = dict(self.space)
+        exec(compile(ast.Module(body, []), cell.id, "exec"), space)
+        for exercise, function in checks(cell):
+            (self.stubs if cell.skipped else self.solutions)[exercise] = space[function]
+
+
+def defines_exercise(cell) -> bool:
+    "A folded cell that makes an exercise which has misconceptions, and is not part of a module."
+    calls = [node for node in cell.nodes(ast.Call) if getattr(node.func, "id", "") == "Exercise"]
+    return bool(calls) and not cell.exported and "code-fold: true" in cell.directives
+
+
+@pytest.fixture(scope="module", params=LESSONS, ids=lambda lesson: lesson.name)
+def lesson(request):
+    return Collected(request.param)
+
+
+def each(lesson):
+    if not lesson.exercises:
+        pytest.skip("this lesson has no exercises")
+    return lesson.exercises.items()
+
+
+def test_each_has_stub_and_solution(lesson):
+    for name, exercise in each(lesson):
+        assert name in lesson.stubs, f"{name}: no cell with '#| eval: false' ends in {name}.check(...)"
+        assert name in lesson.solutions, f"{name}: no solution cell ends in {name}.check(...)"
+        assert exercise.hints and exercise.misconceptions, f"{name} needs hints and misconceptions"
+
+
+def test_stubs_fail(lesson, capsys):
+    for name, exercise in each(lesson):
+        assert diagnose(exercise, lesson.stubs[name]), f"the stub of {name} passes"
+        assert diagnose(exercise, lesson.stubs[name]).diagnosis is None
+        exercise.check(lesson.stubs[name])  # says "not started", and lets the notebook run on
+        assert "✓" not in capsys.readouterr().out
+
+
+def test_solutions_pass(lesson, capsys):
+    for name, exercise in each(lesson):
+        exercise.check(lesson.solutions[name])
+        assert "✓" in capsys.readouterr().out
+
+
+def test_misconceptions_are_diagnosed_by_name(lesson):
+    for name, exercise in each(lesson):
+        for mistake, function in exercise.misconceptions.items():
+            with pytest.raises(CheckFailed) as failure:
+                exercise.check(function)
+            assert failure.value.diagnosis == mistake, f"{name}: {mistake!r} is taken for another"
+            assert mistake in str(failure.value)
+
+
+def test_no_two_misconceptions_look_the_same(lesson):
+    for name, exercise in each(lesson):
+        for (a, f), (b, g) in itertools.permutations(exercise.misconceptions.items(), 2):
+            alone = Exercise(exercise.name, exercise.reference, exercise.cases,
+                             misconceptions={b: g}, tol=exercise.tol)
+            assert diagnose(alone, f).diagnosis is None, f"{name}: the cases cannot tell {a!r} from {b!r}"
+
+
+def test_most_lessons_have_exercises():
+    with_exercises = [x for x in LESSONS if any(defines_exercise(cell) for cell in x.code_cells)]
+    assert len(with_exercises) >= len(LESSONS) / 2
+
+
+def test_an_exercise_that_cannot_tell_mistakes_apart_is_caught():
+    bad = Exercise("double", lambda x: 2 * x, cases=[(0,)], misconceptions={"squared": lambda x: x * x})
+    assert diagnose(bad, bad.misconceptions["squared"]) is None  # 0 is doubled and squared alike
+    good = Exercise("double", lambda x: 2 * x, cases=[(3,)], misconceptions={"squared": lambda x: x * x})
+    assert re.search("squared", str(diagnose(good, good.misconceptions["squared"])))
