@@ -22,10 +22,10 @@ def is_import(cell) -> bool:
 
 
 def checks(cell) -> list:
-    "(exercise, function) names of the calls `ex.check(fn)` in a cell."
+    "(name of the exercise, expression of the function) of the calls `ex.check(fn)` in a cell."
     calls = [node for node in cell.nodes(ast.Call) if getattr(node.func, "attr", "") == "check"]
-    return [(call.func.value.id, call.args[0].id) for call in calls
-            if isinstance(call.func.value, ast.Name) and call.args and isinstance(call.args[0], ast.Name)]
+    return [(call.func.value.id, ast.unparse(call.args[0])) for call in calls
+            if isinstance(call.func.value, ast.Name) and call.args]
 
 
 def bound(cell) -> set:
@@ -80,7 +80,7 @@ class Collected:
         space = dict(self.space)
         exec(compile(ast.Module(body, []), cell.id, "exec"), space)
         for exercise, function in checks(cell):
-            (self.stubs if cell.skipped else self.solutions)[exercise] = space[function]
+            (self.stubs if cell.skipped else self.solutions)[exercise] = eval(function, space)
 
 
 def defines_exercise(cell) -> bool:
