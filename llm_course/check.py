@@ -108,16 +108,13 @@ class Exercise:
         "Say that `fn` is right or not begun, or raise `CheckFailed` with a diagnosis."
         if all(run_case(fn, case) is None for case in self.cases):
             print(f"○ {self.name}: not started, or is the return missing? ({self.minutes} minutes)")
-        elif problem := diagnose(self, fn):
+            return
+        if problem := diagnose(self, fn):
             raise problem
-        else:
-            print(f"✓ {self.name}: right on all {len(self.cases)} cases.")
+        print(f"✓ {self.name}: right on all {len(self.cases)} cases.")
 
-    def hint(
-        self,
-        n: int = 1, # Which hint: 1 is a nudge, higher numbers say more
-    ) -> None:
-        "Print the first `n` hints."
+    def hint(self, n: int = 1) -> None:
+        "Print the first `n` hints: 1 is a nudge, higher numbers say more."
         for i, text in enumerate(self.hints[:n], 1):
             print(f"Hint {i} of {len(self.hints)}: {text}")
 
@@ -134,6 +131,7 @@ def _matches(ex: Exercise, got: list, fn: Callable) -> bool:
         return agree(a, b, ex.tol)
     return all(same(a, run_case(fn, case)) for a, case in zip(got, ex.cases))
 
+# %% ../nbs/02_check.ipynb #f94bfee7
 def diagnose(
     ex: Exercise, # The exercise
     fn: Callable, # The learner's function

@@ -116,8 +116,9 @@ def parity(
     wrong = [f"{name} (relative error {e:.2g})" for name, e in errors.items() if not e <= tolerance]
     if wrong:
         raise RuntimeError(
-            f"{device} does not compute what the CPU computes: {', '.join(wrong)}; at most {tolerance:g} "
-            'is allowed. Do not train on it: use pick_device("cpu"), or update its driver and torch.')
+            f"{device} does not compute what the CPU computes: {', '.join(wrong)}; "
+            f"at most {tolerance:g} is allowed. Do not train on it: "
+            'use pick_device("cpu"), or update its driver and torch.')
     return errors
 
 # %% ../nbs/00_core.ipynb #842796eb

@@ -58,6 +58,7 @@ def mask_bias(
         hidden = ~look_mask(n_queries, n_keys, causal, window)
         return torch.zeros(n_queries, n_keys, dtype=dtype).masked_fill_(hidden, -math.inf)
 
+# %% ../../nbs/31_model.attention.ipynb #7e2d7ab4
 def attend_plain(
     q: Tensor,                  # Queries, (B, H, T_q, D)
     k: Tensor,                  # Keys, (B, G, T_k, D)
