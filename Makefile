@@ -6,13 +6,14 @@
 # make readme   README.md from nbs/index.ipynb
 # make clean    remove what was built, but not .venv
 
-PYTHON ?= python3
-BIN    := .venv/bin
-READY  := .venv/.ready
-ROOT   := $(if $(filter 0,$(shell id -u)),--allow-root)
+PYTHON  ?= python3
+LESSONS ?= nbs
+BIN     := .venv/bin
+READY   := .venv/.ready
+ROOT    := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lab: $(READY)
-	$(BIN)/jupyter lab --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/index.ipynb $(ROOT) $(ARGS)
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(LESSONS)" --LabApp.default_url=/lab/tree/index.ipynb $(ROOT) $(ARGS)
 
 # Two lessons at a time, each with one thread, use two cores.
 test: $(READY)

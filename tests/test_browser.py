@@ -22,6 +22,7 @@ TOKEN = "a-token-for-the-test"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # the tests may run under make
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 
@@ -32,14 +33,14 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def lab_command(*options: str) -> list:
+def lab_command(folder: Path, *options: str) -> list:
     "`make lab` where it is set up, and the same server without make elsewhere."
     ready = shutil.which("make") and subprocess.run(
-        ["make", "-q", ".venv/.ready"], cwd=ROOT, capture_output=True).returncode == 0
+        ["make", "-q", ".venv/.ready"], cwd=ROOT, env=ENV, capture_output=True).returncode == 0
     if ready and sys.prefix == str(ROOT / ".venv"):
-        return ["make", "lab", "ARGS=" + " ".join(options)]
+        return ["make", "lab", f"LESSONS={folder}", "ARGS=" + " ".join(options)]
     root = ["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else []
-    return [sys.executable, "-m", "jupyterlab", *root, *options]
+    return [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder}", *root, *options]
 
 
 def answers(url: str) -> bool:
@@ -68,9 +69,8 @@ def lab(tmp_path):
     tracker.parent.mkdir(parents=True)
     tracker.write_text(json.dumps({"windowingMode": "none"}), encoding="utf-8")  # keep every cell in the page
     port = free_port()
-    command = lab_command("--no-browser", f"--port={port}", f"--ServerApp.root_dir={folder}",
-                          f"--IdentityProvider.token={TOKEN}")
-    env = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(settings), "IPYTHONDIR": str(tmp_path / "ipython"),
+    command = lab_command(folder, "--no-browser", f"--port={port}", f"--IdentityProvider.token={TOKEN}")
+    env = {**ENV, "JUPYTERLAB_SETTINGS_DIR": str(settings), "IPYTHONDIR": str(tmp_path / "ipython"),
            "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces")}
     log = tmp_path / "log.txt"
     with log.open("w", encoding="utf-8") as out:
@@ -82,7 +82,8 @@ def lab(tmp_path):
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
 
 
