@@ -85,6 +85,9 @@ def lab(tmp_path):
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
+        end = time.time() + 30
+        while answers(f"http://127.0.0.1:{port}/api?token={TOKEN}") and time.time() < end:
+            time.sleep(0.5)  # make is gone at once, the server a little later
 
 
 @pytest.fixture
