@@ -20,7 +20,8 @@ from llm_course.model.gpt import GPT, GPTConfig
 def model():
     "A small GPT with random weights and dropout, left in training mode."
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=40, context_length=16, d_model=32, n_layers=2, n_heads=2, dropout=0.5))
+    model = GPT(GPTConfig(vocab_size=40, context_length=16, d_model=32, n_layers=2, n_heads=2,
+                          dropout=0.5))
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(0.3 * torch.randn(weight.shape))
@@ -53,7 +54,8 @@ def test_training_mode_survives_a_broken_model(model):
 
 def test_long_prompts_are_cropped(model):
     long = list(range(30))
-    assert list(generate(model, long, 5, temperature=0)) == list(generate(model, long[-16:], 5, temperature=0))
+    cropped = list(generate(model, long[-16:], 5, temperature=0))
+    assert list(generate(model, long, 5, temperature=0)) == cropped
 
 
 def test_caller_keeps_gradients(model):
@@ -87,7 +89,8 @@ def test_stop_token_ends_each_row_on_its_own(model):
 def test_adjust_sees_the_text_so_far(model):
     def never_again(logits, rows):
         return penalise(logits, rows, presence=math.inf)
-    text = list(generate(model, [0], 39, adjust=never_again, generator=torch.Generator().manual_seed(0)))
+    g = torch.Generator().manual_seed(0)
+    text = list(generate(model, [0], 39, adjust=never_again, generator=g))
     assert sorted(text) == list(range(1, 40))
     for text in generate_batch(model, [[0], [1]], 30, adjust=never_again):
         assert len(set(text)) == 30
@@ -110,7 +113,8 @@ def test_fifty_tokens_have_their_exact_distribution(settings):
     "The expected probabilities are computed with plain floats, one token at a time."
     g = torch.Generator().manual_seed(7)
     logits = 2 * torch.randn(50, generator=g)
-    weights = {i: math.exp(x / settings.get("temperature", 1.0)) for i, x in enumerate(logits.tolist())}
+    temperature = settings.get("temperature", 1.0)
+    weights = {i: math.exp(x / temperature) for i, x in enumerate(logits.tolist())}
     ranked = sorted(weights, key=weights.get, reverse=True)[:settings.get("top_k", 50)]
     total, kept, reached = sum(weights[i] for i in ranked), [], 0.0
     for i in ranked:
@@ -127,14 +131,16 @@ def test_fifty_tokens_have_their_exact_distribution(settings):
 
 def test_chi_square_against_the_printed_tables():
     "Critical values of the 5 % and 1 % columns for 1, 2 and 10 degrees of freedom."
-    for freedom, critical, p in [(1, 3.841, 0.05), (2, 5.991, 0.05), (10, 18.307, 0.05), (2, 9.210, 0.01)]:
+    table = [(1, 3.841, 0.05), (2, 5.991, 0.05), (10, 18.307, 0.05), (2, 9.210, 0.01)]
+    for freedom, critical, p in table:
         n = 10_000 * (freedom + 1)
         shift = math.sqrt(critical * 10_000 / 2)
         counts = torch.full((freedom + 1,), 10_000.0, dtype=torch.float64)
         counts[0] += shift
         counts[1] -= shift
         assert counts.sum() == n
-        assert chi_square(counts, torch.full((freedom + 1,), 1 / (freedom + 1))) == pytest.approx(p, rel=1e-2)
+        even = torch.full((freedom + 1,), 1 / (freedom + 1))
+        assert chi_square(counts, even) == pytest.approx(p, rel=1e-2)
 
 
 def test_rare_outcomes_are_pooled():
@@ -161,7 +167,8 @@ def test_all_that_random_logits_can_do_to_transformers():
     g = torch.Generator().manual_seed(11)
     for scale in (0.1, 1.0, 8.0):
         tied = (scale * torch.randn(20, 300, generator=g)).round(decimals=1)
-        for temperature, top_k, top_p, min_p in [(0.2, 5, 0.5, 0.1), (1.0, 300, 0.95, 0.0), (3.0, 50, 0.01, 0.9)]:
+        for temperature, top_k, top_p, min_p in [
+                (0.2, 5, 0.5, 0.1), (1.0, 300, 0.95, 0.0), (3.0, 50, 0.01, 0.9)]:
             theirs = transformers.TemperatureLogitsWarper(temperature)(None, tied)
             theirs = transformers.TopKLogitsWarper(top_k)(None, theirs)
             theirs = transformers.TopPLogitsWarper(top_p)(None, theirs)

@@ -93,7 +93,7 @@ def filter_logits(
         logits = keep_min_p(logits, min_p)
     return logits
 
-# %% ../../nbs/50_generate.sampling.ipynb #8683fb4b
+# %% ../../nbs/50_generate.sampling.ipynb #a22c494d
 def sample_token(
     logits: Tensor,              # (V,) or (B, V)
     temperature: float = 1.0,    # 0 is greedy
@@ -102,9 +102,9 @@ def sample_token(
     min_p: float | None = None,  # As in `filter_logits`
     generator: torch.Generator | None = None,  # Where the random numbers come from
 ) -> Tensor:                     # Token ids, () or (B,)
-    "Draw one token per row. Raises `ValueError` for senseless settings and NaN logits."
-    if logits.isnan().any():
-        raise ValueError("the logits hold NaN: the model's weights or its input are broken")
+    "Draw one token per row. Raises `ValueError` for senseless settings and broken logits."
+    if not logits.amax(dim=-1).isfinite().all():
+        raise ValueError("the largest logit is NaN or infinite: is the model broken?")
     if temperature == 0:
         check_sampling(temperature, top_k, top_p, min_p)
         return logits.argmax(dim=-1)
@@ -130,7 +130,7 @@ def chi_square(
     freedom = torch.tensor(max(some.sum().item() - 1, 1), dtype=torch.float64)
     return torch.special.gammaincc(freedom / 2, statistic / 2).item()
 
-# %% ../../nbs/50_generate.sampling.ipynb #05730fbc
+# %% ../../nbs/50_generate.sampling.ipynb #2e4107dc
 @contextmanager
 def _asking(model: Callable):
     "No gradients inside the block, and no dropout."
@@ -145,6 +145,7 @@ def _asking(model: Callable):
         for part in training:
             part.training = True
 
+# %% ../../nbs/50_generate.sampling.ipynb #1ef07a6c
 def last_logits(
     model: Callable,                   # tokens (B, T) -> logits (B, T, V), causal
     rows: list[list[int]],             # B token lists, of any lengths from 1
@@ -245,7 +246,7 @@ def _advance(model, rows, new, alive, stops, adjust, sampling):
             new[i].append(token)
     return [i for i, token in zip(alive, drawn) if token not in stops]
 
-# %% ../../nbs/50_generate.sampling.ipynb #49667aac
+# %% ../../nbs/50_generate.sampling.ipynb #0c1ea9dc
 def penalise(
     logits: Tensor,           # (B, V)
     rows: list[list[int]],    # The tokens so far, B lists
@@ -255,7 +256,7 @@ def penalise(
 ) -> Tensor:                  # (B, V)
     "Lower the logits of tokens that have been used."
     V = logits.shape[-1]
-    uses = torch.stack([torch.tensor(row).bincount(minlength=V) for row in rows]).to(logits.device)
-    used = uses > 0
+    uses = torch.stack([torch.tensor(row).bincount(minlength=V) for row in rows])
+    uses = uses.to(logits.device)
     shrunk = torch.where(logits > 0, logits / repetition, logits * repetition)
-    return torch.where(used, shrunk, logits) - frequency * uses - presence * used
+    return torch.where(uses > 0, shrunk - frequency * uses - presence, logits)
