@@ -1,4 +1,5 @@
 "Build the package from settings.ini; the lessons travel in the wheel as llm_course/lessons."
+
 import configparser
 import shutil
 from pathlib import Path
@@ -52,7 +53,8 @@ setup(
     version=config["version"],
     description=config["description"],
     long_description=(ROOT / "README.md").read_text(encoding="utf-8")
-    if (ROOT / "README.md").exists() else config["description"],
+    if (ROOT / "README.md").exists()
+    else config["description"],
     long_description_content_type="text/markdown",
     keywords=config["keywords"],
     author=config["author"],

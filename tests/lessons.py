@@ -8,6 +8,7 @@
 The same lesson stores the same bytes each time: seeds and threads are fixed, the network and the
 accelerator are off, and whatever changes from run to run is left out of the outputs.
 """
+
 import argparse
 import json
 import os
@@ -41,7 +42,9 @@ def find(names: list, folder: Path = NBS) -> list:
     chosen = []
     for name in names:
         stem = Path(name).name.removesuffix(".ipynb")
-        found = [p for p in every if p.stem == stem] or [p for p in every if p.stem.startswith(stem)]
+        found = [p for p in every if p.stem == stem] or [
+            p for p in every if p.stem.startswith(stem)
+        ]
         if len(found) != 1:
             raise SystemExit(f"{name!r} names {len(found)} lessons of {[p.stem for p in every]}")
         chosen += found
@@ -58,12 +61,18 @@ def execute(path: Path, timeout: int = 300) -> tuple:
     notebook = nbformat.read(path, as_version=4)
     runnable = [c for c in notebook.cells if c.cell_type != "code" or not is_skipped(c.source)]
     copy = nbformat.v4.new_notebook(cells=runnable, metadata=notebook.metadata)
-    client = NotebookClient(copy, timeout=timeout, kernel_name="python3",
-                            resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        copy,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     with tempfile.TemporaryDirectory() as home:
         start = time.perf_counter()
         env = {**os.environ, **STEADY, "IPYTHONDIR": home}
-        client.execute(env=env, stderr=subprocess.DEVNULL)  # the kernel's log, not the cells' output
+        client.execute(
+            env=env, stderr=subprocess.DEVNULL
+        )  # the kernel's log, not the cells' output
     return notebook, time.perf_counter() - start
 
 
@@ -133,13 +142,16 @@ def write_times(seconds: dict) -> None:
             text = TIMES.sub(lambda m: m[1] + table + m[2], text)
             cell["source"] = text.splitlines(keepends=True)
             from execnb.nbio import nb2str
+
             return write_if_changed(path, nb2str(notebook))
     raise SystemExit("nbs/index.ipynb has no <!-- lesson-times --> ... <!-- /lesson-times -->")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the lessons in a real Jupyter kernel.")
-    parser.add_argument("names", nargs="*", help="names or numbers; all lessons when there are none")
+    parser.add_argument(
+        "names", nargs="*", help="names or numbers; all lessons when there are none"
+    )
     parser.add_argument("--store", action="store_true", help="store the outputs in the notebooks")
     parser.add_argument("--times", action="store_true", help="write the seconds into the index")
     parser.add_argument("--folder", type=Path, default=NBS, help="where the lessons lie")
@@ -153,7 +165,9 @@ def main() -> None:
             failed.append(path.stem)
             print(f"{path.stem:24} failed\n{error}", flush=True)
     if failed:
-        sys.exit(f"{len(failed)} of {len(seconds) + len(failed)} lessons failed: {', '.join(failed)}")
+        sys.exit(
+            f"{len(failed)} of {len(seconds) + len(failed)} lessons failed: {', '.join(failed)}"
+        )
     if options.times:
         write_times(seconds)
 

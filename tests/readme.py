@@ -3,6 +3,7 @@
 The links of the index are right where a reader of the index stands, in nbs/; here they are made
 right for a reader of README.md, in the root. Quarto is not needed.
 """
+
 import re
 from pathlib import Path
 

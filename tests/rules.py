@@ -3,6 +3,7 @@
 `test_course_rules.py` applies them to the lessons; `test_rules.py` shows that each one catches a
 lesson that breaks it.
 """
+
 import ast
 import io
 import json
@@ -15,14 +16,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVES = re.compile(
     r"#\| (export|exports|hide|eval: false|code-fold: true|code-summary: \".+\"|echo: false"
-    r"|default_exp [a-z_.]+)")
+    r"|default_exp [a-z_.]+)"
+)
 LOOKS_LIKE_DIRECTIVE = re.compile(r"\s*#\s*\|")
 EXPORTS_NOTHING = {"index", "99_capstone"}
 CODE_LINES, EXPORTED_LINES, FUNCTION_LINES, WIDTH = 30, 25, 30, 100
 PICTURES, KILOBYTES, ASSERTING_SHARE = 4, 150, 0.2
 TEST_CALL = re.compile(r"test_\w+|check|assert_\w+")
-MACHINE_PATH = re.compile(r"(?<![\w.:/])(/(home|root|Users|tmp|work|workspace|mnt|private)/|[A-Z]:\\\w)")
-TIMING = re.compile(r"\b\d+(\.\d+)? ?(ns|us|µs|ms|s|sec|secs|second|seconds|it/s|tokens/s)(?![\w'])")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/])(/(home|root|Users|tmp|work|workspace|mnt|private)/|[A-Z]:\\\w)"
+)
+TIMING = re.compile(
+    r"\b\d+(\.\d+)? ?(ns|us|µs|ms|s|sec|secs|second|seconds|it/s|tokens/s)(?![\w'])"
+)
 RULES = []
 
 
@@ -35,8 +41,9 @@ def rule(check):
 @dataclass
 class Cell:
     "One cell of a lesson."
+
     id: str
-    kind: str          # "markdown" or "code"
+    kind: str  # "markdown" or "code"
     source: str
     metadata: dict = field(default_factory=dict)
     outputs: list = field(default_factory=list)
@@ -54,7 +61,7 @@ class Cell:
     @property
     def code(self) -> list:
         "The lines that are neither directives nor empty."
-        return [line for line in self.source.splitlines()[len(self.directives):] if line.strip()]
+        return [line for line in self.source.splitlines()[len(self.directives) :] if line.strip()]
 
     @cached_property
     def tree(self) -> ast.Module:
@@ -87,13 +94,17 @@ class Cell:
 @dataclass
 class Lesson:
     "A notebook, read as text."
+
     path: Path
 
     @cached_property
     def cells(self) -> list:
-        join = lambda x: x if isinstance(x, str) else "".join(x)
-        return [Cell(c.get("id", ""), c["cell_type"], join(c["source"]), c["metadata"], c.get("outputs", []))
-                for c in json.loads(self.path.read_text(encoding="utf-8"))["cells"]]
+        made = []
+        for c in json.loads(self.path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(c["source"])  # a list of lines, or one text
+            outputs = c.get("outputs", [])
+            made.append(Cell(c.get("id", ""), c["cell_type"], source, c["metadata"], outputs))
+        return made
 
     @property
     def name(self) -> str:
@@ -119,8 +130,12 @@ class Lesson:
 
     def public(self) -> list:
         "The exported functions and classes whose names do not start with an underscore."
-        return [node for cell in self.exported for node in cell.tree.body
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+        return [
+            node
+            for cell in self.exported
+            for node in cell.tree.body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+        ]
 
 
 def lessons(folder: Path = ROOT / "nbs") -> list:
@@ -134,6 +149,7 @@ def modules(every: list) -> dict:
 
 
 # --- How a lesson opens -------------------------------------------------------------------------
+
 
 @rule
 def opens_with_title_and_sentence(lesson):
@@ -160,14 +176,19 @@ def is_named_after_its_module(lesson):
 
 @rule
 def header_names_the_lesson(lesson):
-    calls = [node for cell in lesson.code_cells for node in cell.nodes(ast.Call)
-             if getattr(node.func, "id", "") == "lesson"]
+    calls = [
+        node
+        for cell in lesson.code_cells
+        for node in cell.nodes(ast.Call)
+        if getattr(node.func, "id", "") == "lesson"
+    ]
     wrong = [ast.unparse(call) for call in calls if ast.unparse(call.args[0]) != repr(lesson.name)]
     if wrong:
         yield f"the header must name this lesson, {lesson.name!r}: {wrong}"
 
 
 # --- Directives and imports ---------------------------------------------------------------------
+
 
 @rule
 def directives_are_known_and_first(lesson):
@@ -190,9 +211,9 @@ def imports_stand_alone(lesson):
         top = [isinstance(node, imports) for node in cell.tree.body]
         only_definitions = all(isinstance(node, definitions) for node in cell.tree.body)
         if any(top) and not all(top):
-            yield f"cell {cell.id}: the site runs cells with imports; keep imports in a cell of their own"
+            yield f"cell {cell.id}: keep imports in a cell of their own: the site runs it"
         elif not any(top) and not cell.exported and not only_definitions:
-            yield f"cell {cell.id}: the site runs cells with an import inside a function; only define here"
+            yield f"cell {cell.id}: it imports in a function, so the site runs it: only define here"
 
 
 def imported_modules(cell: Cell, known: dict) -> list:
@@ -203,7 +224,9 @@ def imported_modules(cell: Cell, known: dict) -> list:
     for node in cell.nodes(ast.ImportFrom):
         base = node.module or ""
         inside = [f"{base}.{alias.name}" for alias in node.names]
-        is_module = [base == "llm_course" or name.removeprefix("llm_course.") in known for name in inside]
+        is_module = [
+            base == "llm_course" or name.removeprefix("llm_course.") in known for name in inside
+        ]
         found += [name if yes else base for name, yes in zip(inside, is_module)]
     return [name.removeprefix("llm_course.") for name in found if name.startswith("llm_course.")]
 
@@ -219,12 +242,13 @@ def exports_import_lower_numbers(lesson, known):
             if name not in known:
                 yield f"cell {cell.id}: imports llm_course.{name}, which no lesson exports"
             elif known[name] >= lesson.number:
-                yield f"cell {cell.id}: imports llm_course.{name} (lesson {known[name]}), not a lower number"
+                yield f"cell {cell.id}: imports {name}, lesson {known[name]}: not a lower number"
             elif package != own and {package, own} <= layers:
-                yield f"cell {cell.id}: {own} must not import {package}; lessons bring them together"
+                yield f"cell {cell.id}: {own} must not import {package}: a lesson may"
 
 
 # --- Sizes --------------------------------------------------------------------------------------
+
 
 @rule
 def cells_are_short(lesson):
@@ -249,7 +273,7 @@ def lines_are_narrow(lesson):
     for cell in lesson.code_cells:
         for line in cell.source.splitlines():
             if len(line) > WIDTH:
-                yield f"cell {cell.id}: a line of {len(line)} columns, at most {WIDTH}: {line.strip()[:50]}..."
+                yield f"cell {cell.id}: {len(line)} columns, at most {WIDTH}: {line.strip()[:50]}..."
 
 
 @rule
@@ -261,8 +285,10 @@ def file_is_small(lesson):
 
 @rule
 def pictures_are_few(lesson):
-    found = sum(len(re.findall(r"image/(?:png|jpeg)\"|data:image/", json.dumps(cell.outputs)))
-                for cell in lesson.cells)
+    found = sum(
+        len(re.findall(r"image/(?:png|jpeg)\"|data:image/", json.dumps(cell.outputs)))
+        for cell in lesson.cells
+    )
     if found > PICTURES:
         yield f"{found} stored pictures, at most {PICTURES}"
 
@@ -270,11 +296,14 @@ def pictures_are_few(lesson):
 @rule
 def ids_are_there_and_unique(lesson):
     ids = [cell.id for cell in lesson.cells]
-    for bad in sorted({i for i in ids if not re.fullmatch(r"[0-9a-zA-Z_-]{4,64}", i) or ids.count(i) > 1}):
+    for bad in sorted(
+        {i for i in ids if not re.fullmatch(r"[0-9a-zA-Z_-]{4,64}", i) or ids.count(i) > 1}
+    ):
         yield f"cell id {bad!r} is missing, malformed or there twice"
 
 
 # --- Documentation ------------------------------------------------------------------------------
+
 
 def commented_lines(source: str) -> set:
     "Numbers of the lines that carry a comment."
@@ -303,15 +332,20 @@ def public_names_are_documented(lesson):
         for node in cell.tree.body:
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
                 continue
-            documented = [node] + [n for n in node.body if isinstance(n, ast.FunctionDef)
-                                   and not n.name.startswith("_") and isinstance(node, ast.ClassDef)]
+            documented = [node] + [
+                n
+                for n in node.body
+                if isinstance(n, ast.FunctionDef)
+                and not n.name.startswith("_")
+                and isinstance(node, ast.ClassDef)
+            ]
             for part in documented:
                 if len((ast.get_docstring(part) or "").splitlines()) != 1:
                     yield f"cell {cell.id}: {part.name} needs a docstring of one line"
             lines = [line for _, line in parameters(node)]
             for name, line in parameters(node):
                 if line not in comments or lines.count(line) > 1:
-                    yield f"cell {cell.id}: {node.name}: put {name!r} on a line with a comment that says what it is"
+                    yield f"cell {cell.id}: {node.name}: a line and a comment of its own for {name!r}"
 
 
 @rule
@@ -336,6 +370,7 @@ def a_fifth_of_the_cells_test(lesson):
 
 # --- Outputs and text ---------------------------------------------------------------------------
 
+
 def output_texts(cell: Cell) -> list:
     "What a reader sees as text, pictures left out."
     texts = []
@@ -357,7 +392,7 @@ def outputs_are_steady(lesson):
         for text in output_texts(cell):
             for kind, pattern in (("path", MACHINE_PATH), ("timing", TIMING)):
                 if found := pattern.search(text):
-                    yield f"cell {cell.id}: the output holds a {kind}, {found[0]!r}, that differs elsewhere"
+                    yield f"cell {cell.id}: the output holds a {kind}: {found[0]!r}"
 
 
 @rule
@@ -377,7 +412,8 @@ def forgets_encoding(call: ast.Call) -> bool:
     if name not in {"open", "read_text", "write_text"} or owner in OPENS_BYTES:
         return False
     mode = " ".join(ast.unparse(a) for a in call.args[:2]) + "".join(
-        ast.unparse(k.value) for k in call.keywords if k.arg == "mode")
+        ast.unparse(k.value) for k in call.keywords if k.arg == "mode"
+    )
     binary = name == "open" and re.search(r"'[rwxa+]*b[rwxa+]*'", mode)
     return not binary and not any(k.arg == "encoding" for k in call.keywords)
 
@@ -392,4 +428,4 @@ def unencoded(tree: ast.AST) -> list:
 def text_files_say_their_encoding(lesson):
     for cell in lesson.code_cells:
         for call in unencoded(cell.tree):
-            yield f"cell {cell.id}: {call} needs encoding=\"utf-8\""
+            yield f'cell {cell.id}: {call} needs encoding="utf-8"'

@@ -2,6 +2,7 @@
 
 JupyterLab is started the way `make lab` starts it, on a copy of the lesson.
 """
+
 import json
 import os
 import shutil
@@ -19,10 +20,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LESSON = "31_model.attention.ipynb"
 TOKEN = "a-token-for-the-test"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # the tests may run under make
+ENV = {
+    k: v for k, v in os.environ.items() if not k.startswith("MAKE")
+}  # the tests may run under make
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 
@@ -35,8 +40,13 @@ def free_port() -> int:
 
 def lab_command(folder: Path, *options: str) -> list:
     "`make lab` where it is set up, and the same server without make elsewhere."
-    ready = shutil.which("make") and subprocess.run(
-        ["make", "-q", ".venv/.ready"], cwd=ROOT, env=ENV, capture_output=True).returncode == 0
+    ready = (
+        shutil.which("make")
+        and subprocess.run(
+            ["make", "-q", ".venv/.ready"], cwd=ROOT, env=ENV, capture_output=True
+        ).returncode
+        == 0
+    )
     if ready and sys.prefix == str(ROOT / ".venv"):
         return ["make", "lab", f"LESSONS={folder}", "ARGS=" + " ".join(options)]
     root = ["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else []
@@ -67,14 +77,24 @@ def lab(tmp_path):
     without_outputs(ROOT / "nbs" / LESSON, folder / LESSON)
     tracker = settings / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     tracker.parent.mkdir(parents=True)
-    tracker.write_text(json.dumps({"windowingMode": "none"}), encoding="utf-8")  # keep every cell in the page
+    tracker.write_text(
+        json.dumps({"windowingMode": "none"}), encoding="utf-8"
+    )  # keep every cell in the page
     port = free_port()
-    command = lab_command(folder, "--no-browser", f"--port={port}", f"--IdentityProvider.token={TOKEN}")
-    env = {**ENV, "JUPYTERLAB_SETTINGS_DIR": str(settings), "IPYTHONDIR": str(tmp_path / "ipython"),
-           "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces")}
+    command = lab_command(
+        folder, "--no-browser", f"--port={port}", f"--IdentityProvider.token={TOKEN}"
+    )
+    env = {
+        **ENV,
+        "JUPYTERLAB_SETTINGS_DIR": str(settings),
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+    }
     log = tmp_path / "log.txt"
     with log.open("w", encoding="utf-8") as out:
-        server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
+        server = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
+        )
     try:
         end = time.time() + 90
         while not answers(f"http://127.0.0.1:{port}/api?token={TOKEN}"):
@@ -94,6 +114,7 @@ def lab(tmp_path):
 def page(lab):
     "The lesson, open in the browser, its kernel ready."
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1200, "height": 900})
@@ -108,13 +129,16 @@ def run_all(page) -> None:
     "Choose Run All Cells from the menu, and wait until the last cell has run."
     page.locator(".lm-MenuBar-item", has_text="Run").click()
     page.locator(".lm-Menu-item", has_text="Run All Cells").first.click()
-    page.wait_for_function(r"""() => {
-        const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].map(e => e.innerText);
-        const shown = prompts.filter(p => p.trim());  // folded cells show none
+    page.wait_for_function(
+        r"""() => {
+        const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")];
+        const shown = prompts.map(e => e.innerText).filter(p => p.trim());  // folded cells show none
         const last = [...document.querySelectorAll(".jp-CodeCell")].at(-1);
         return shown.every(p => /\[\d+\]/.test(p)) && last.querySelector(".jp-OutputArea-output")
             && document.querySelector('.jp-Notebook-ExecutionIndicator[data-status="idle"]');
-    }""", timeout=180_000)
+    }""",
+        timeout=180_000,
+    )
 
 
 def test_a_lesson_runs_and_a_slider_changes_its_plot(page):
@@ -128,8 +152,12 @@ def test_a_lesson_runs_and_a_slider_changes_its_plot(page):
     before = picture.get_attribute("src")
     explorer.locator(".noUi-handle").first.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("""before => {
+    page.wait_for_function(
+        """before => {
         const picture = document.querySelector(".widget-interact img");
         return picture && picture.src !== before && picture.complete && picture.naturalWidth > 0;
-    }""", arg=before, timeout=30_000)
+    }""",
+        arg=before,
+        timeout=30_000,
+    )
     assert page.locator(ERROR).all_inner_texts() == []

@@ -1,4 +1,5 @@
 "The lessons keep the rules of the course (rules.py)."
+
 import ast
 import re
 import statistics
@@ -13,8 +14,19 @@ import rules
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = rules.lessons()
-LIGHT = ("core", "world", "check", "tokens", "data.batches", "model", "train", "generate",
-         "evaluate", "evolve", "align")
+LIGHT = (
+    "core",
+    "world",
+    "check",
+    "tokens",
+    "data.batches",
+    "model",
+    "train",
+    "generate",
+    "evaluate",
+    "evolve",
+    "align",
+)
 each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
 
 
@@ -88,8 +100,9 @@ for name in %s:
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          encoding="utf-8", cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", cwd=ROOT
+    )
 
 
 def test_light_modules_need_next_to_nothing():
@@ -111,6 +124,7 @@ def test_import_is_quick():
         start = time.perf_counter()
         assert run_python(code).returncode == 0
         return time.perf_counter() - start
+
     pairs = [(seconds("import llm_course"), seconds("pass")) for _ in range(9)]
     extra = statistics.median(a for a, b in pairs) - statistics.median(b for a, b in pairs)
     noise = statistics.median(b for a, b in pairs)
@@ -121,13 +135,20 @@ def test_import_is_quick():
 
 def text_files() -> list:
     "Files of the project that people read, notebooks and generated modules left out."
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], capture_output=True,
-                            text=True, encoding="utf-8", cwd=ROOT)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=ROOT,
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     kinds = {".py", ".md", ".yml", ".yaml", ".ini", ".toml", ".cff", ".txt", ".css", ""}
     paths = [ROOT / line for line in listed.stdout.splitlines()]
-    return [p for p in paths if p.suffix in kinds and p.is_file() and "llm_course" not in p.parts[-2:]]
+    return [
+        p for p in paths if p.suffix in kinds and p.is_file() and "llm_course" not in p.parts[-2:]
+    ]
 
 
 def test_files_name_no_machine():
@@ -136,14 +157,20 @@ def test_files_name_no_machine():
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             found = rules.MACHINE_PATH.search(line)
-            assert not found, f"{path.relative_to(ROOT)}:{number}: {found[0]} is a path of one machine"
+            assert not found, (
+                f"{path.relative_to(ROOT)}:{number}: {found[0]} is a path of one machine"
+            )
 
 
 def test_programs_say_their_encoding():
-    programs = [ROOT / "setup.py", *(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    programs = [
+        ROOT / "setup.py",
+        *(ROOT / "tests").glob("*.py"),
+        *(ROOT / "benchmarks").glob("*.py"),
+    ]
     for path in programs:
         found = rules.unencoded(ast.parse(path.read_text(encoding="utf-8")))
-        assert not found, f"{path.relative_to(ROOT)}: {found} need encoding=\"utf-8\""
+        assert not found, f'{path.relative_to(ROOT)}: {found} need encoding="utf-8"'
 
 
 def test_readme_links_exist():

@@ -1,8 +1,9 @@
 """One test over all exercises of the course.
 
-In each lesson: the stub fails, the solution passes, each misconception fails and is diagnosed by its
-own name, and no two misconceptions look the same on the cases.
+In each lesson: the stub fails, the solution passes, each misconception fails and is diagnosed by
+its own name, and no two misconceptions look the same on the cases.
 """
+
 import ast
 import importlib
 import itertools
@@ -24,16 +25,25 @@ def is_import(cell) -> bool:
 def checks(cell) -> list:
     "(name of the exercise, expression of the function) of the calls `ex.check(fn)` in a cell."
     calls = [node for node in cell.nodes(ast.Call) if getattr(node.func, "attr", "") == "check"]
-    return [(call.func.value.id, ast.unparse(call.args[0])) for call in calls
-            if isinstance(call.func.value, ast.Name) and call.args]
+    return [
+        (call.func.value.id, ast.unparse(call.args[0]))
+        for call in calls
+        if isinstance(call.func.value, ast.Name) and call.args
+    ]
 
 
 def bound(cell) -> set:
     "Names that a cell defines at its top level."
-    names = {node.name for node in cell.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    names = {
+        node.name for node in cell.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
     for node in cell.tree.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.For)):
-            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            names |= {
+                n.id
+                for n in ast.walk(node)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
     return names
 
 
@@ -58,7 +68,7 @@ class Collected:
         return {k: v for k, v in self.space.items() if isinstance(v, Exercise)}
 
     def run(self, cell) -> None:
-        "Run a cell once, and before it the cells whose names it uses: much less than the whole lesson."
+        "Run a cell once, and before it the cells whose names it uses: not the whole lesson."
         if cell.id in self.done:
             return
         self.done.add(cell.id)
@@ -68,15 +78,18 @@ class Collected:
     def prepare(self, cell) -> None:
         "Run the earlier cells that define what this one uses."
         used = {node.id for node in cell.nodes(ast.Name)} - bound(cell) - self.space.keys()
-        for earlier in self.cells[:self.cells.index(cell)]:
+        for earlier in self.cells[: self.cells.index(cell)]:
             if used & bound(earlier) and not earlier.skipped:
                 self.run(earlier)
 
     def keep(self, cell) -> None:
         "Define a cell's functions without running its checks."
         self.prepare(cell)
-        body = [node for node in cell.tree.body
-                if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))]
+        body = [
+            node
+            for node in cell.tree.body
+            if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
+        ]
         space = dict(self.space)
         exec(compile(ast.Module(body, []), cell.id, "exec"), space)
         for exercise, function in checks(cell):
@@ -102,7 +115,9 @@ def each(lesson):
 
 def test_each_has_stub_and_solution(lesson):
     for name, exercise in each(lesson):
-        assert name in lesson.stubs, f"{name}: no cell with '#| eval: false' ends in {name}.check(...)"
+        assert name in lesson.stubs, (
+            f"{name}: no cell with '#| eval: false' ends in {name}.check(...)"
+        )
         assert name in lesson.solutions, f"{name}: no solution cell ends in {name}.check(...)"
         assert exercise.hints and exercise.misconceptions, f"{name} needs hints and misconceptions"
 
@@ -133,9 +148,16 @@ def test_misconceptions_are_diagnosed_by_name(lesson):
 def test_no_two_misconceptions_look_the_same(lesson):
     for name, exercise in each(lesson):
         for (a, f), (b, g) in itertools.permutations(exercise.misconceptions.items(), 2):
-            alone = Exercise(exercise.name, exercise.reference, exercise.cases,
-                             misconceptions={b: g}, tol=exercise.tol)
-            assert diagnose(alone, f).diagnosis is None, f"{name}: the cases cannot tell {a!r} from {b!r}"
+            alone = Exercise(
+                exercise.name,
+                exercise.reference,
+                exercise.cases,
+                misconceptions={b: g},
+                tol=exercise.tol,
+            )
+            assert diagnose(alone, f).diagnosis is None, (
+                f"{name}: the cases cannot tell {a!r} from {b!r}"
+            )
 
 
 def test_most_lessons_have_exercises():
@@ -144,7 +166,11 @@ def test_most_lessons_have_exercises():
 
 
 def test_an_exercise_that_cannot_tell_mistakes_apart_is_caught():
-    bad = Exercise("double", lambda x: 2 * x, cases=[(0,)], misconceptions={"squared": lambda x: x * x})
+    bad = Exercise(
+        "double", lambda x: 2 * x, cases=[(0,)], misconceptions={"squared": lambda x: x * x}
+    )
     assert diagnose(bad, bad.misconceptions["squared"]) is None  # 0 is doubled and squared alike
-    good = Exercise("double", lambda x: 2 * x, cases=[(3,)], misconceptions={"squared": lambda x: x * x})
+    good = Exercise(
+        "double", lambda x: 2 * x, cases=[(3,)], misconceptions={"squared": lambda x: x * x}
+    )
     assert re.search("squared", str(diagnose(good, good.misconceptions["squared"])))

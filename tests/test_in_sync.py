@@ -1,7 +1,8 @@
 """What is generated agrees with what it is generated from.
 
-The tools run on a copy, so a failing test changes nothing; run the same tool on the checkout to mend it.
+The tools run on a copy, so a failing test changes nothing. To mend the checkout, run the same tool.
 """
+
 import shutil
 import subprocess
 import sys
@@ -70,10 +71,11 @@ def test_readme_is_made_from_the_index():
 
 
 def test_pages_can_be_made(copy):
-    "The part of the site's build that needs no Quarto: it runs every exported cell and every import."
+    "The part of the site's build that needs no Quarto; it runs each exported cell and import."
     shutil.copy(ROOT / "_quarto.yml", copy)
     code = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=2)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True,
-                            encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stderr
     assert files(copy / "_proc", "*.ipynb").keys() == files(copy / "nbs", "*.ipynb").keys()

@@ -1,4 +1,5 @@
 "Each rule catches a lesson that breaks it: a rule that lets everything pass is no rule."
+
 import json
 
 import pytest
@@ -12,12 +13,19 @@ GOOD = [
     ("code", "#| export\nimport math\nfrom llm_course.core import set_seed"),
     ("code", "from fastcore.test import test_eq\nfrom llm_course.core import lesson"),
     ("code", 'lesson("31_model.double", minutes=5)'),
-    ("code", '#| export\ndef double(\n    x: float, # Any number\n) -> float:  # Twice that\n'
-             '    "Twice as much."\n    return 2 * x'),
+    (
+        "code",
+        "#| export\ndef double(\n    x: float, # Any number\n) -> float:  # Twice that\n"
+        '    "Twice as much."\n    return 2 * x',
+    ),
     ("code", "test_eq(double(2), 4)"),
-    ("code", '#| export\nclass Doubler:\n    "Doubles again and again."\n    def __init__(\n        self,\n'
-             '        times: int, # How often\n    ):\n        self.times = times\n\n'
-             '    def __call__(self, x):\n        return x * 2 ** self.times'),
+    (
+        "code",
+        '#| export\nclass Doubler:\n    "Doubles again and again."\n'
+        "    def __init__(\n        self,\n"
+        "        times: int, # How often\n    ):\n        self.times = times\n\n"
+        "    def __call__(self, x):\n        return x * 2 ** self.times",
+    ),
     ("code", "assert Doubler(2)(1) == 4"),
 ]
 
@@ -75,14 +83,23 @@ MUTANTS = [
     ("pictures_are_few", shown("text/html", '<img src="data:image/png;base64,a"/>' * 5)),
     ("public_names_are_documented", replaced('    "Twice as much."\n', "")),
     ("public_names_are_documented", replaced("    x: float, # Any number\n", "    x: float,\n")),
-    ("public_names_are_documented", replaced("        times: int, # How often\n", "        times: int,\n")),
-    ("public_names_are_documented", replaced("self,\n        times: int, # How", "self, a, times: int, # How")),
+    (
+        "public_names_are_documented",
+        replaced("        times: int, # How often\n", "        times: int,\n"),
+    ),
+    (
+        "public_names_are_documented",
+        replaced("self,\n        times: int, # How", "self, a, times: int, # How"),
+    ),
     ("public_names_are_tested", replaced("test_eq(double(2), 4)", "double(2)")),
     ("a_fifth_of_the_cells_test", {"cells": GOOD + [("code", "x = 1")] * 8}),
     ("outputs_are_steady", shown("application/vnd.jupyter.widget-view+json", {})),
     ("outputs_are_steady", printed("saved in /home/ann/model.bin")),
     ("outputs_are_steady", printed("took 1.5 s")),
-    ("outputs_are_steady", {"cells": GOOD, "outputs": [{"output_type": "stream", "name": "stderr", "text": "!"}]}),
+    (
+        "outputs_are_steady",
+        {"cells": GOOD, "outputs": [{"output_type": "stream", "name": "stderr", "text": "!"}]},
+    ),
     ("names_no_machine", added('path = "/home/ann/text.txt"')),
     ("text_files_say_their_encoding", added('open("a.txt")')),
     ("text_files_say_their_encoding", added('Path("a.txt").read_text()')),
@@ -99,7 +116,9 @@ def test_a_good_lesson_passes(rule, tmp_path):
     assert list(rule(write(tmp_path, GOOD))) == []
 
 
-@pytest.mark.parametrize("name, mutant", MUTANTS, ids=[f"{n}-{i}" for i, (n, _) in enumerate(MUTANTS)])
+@pytest.mark.parametrize(
+    "name, mutant", MUTANTS, ids=[f"{n}-{i}" for i, (n, _) in enumerate(MUTANTS)]
+)
 def test_a_broken_lesson_is_caught(name, mutant, tmp_path):
     assert list(find(name)(write(tmp_path, **mutant)))
 
@@ -112,19 +131,27 @@ def test_every_rule_has_a_mutant():
 
 def test_ids():
     class Twice:
-        cells = [rules.Cell("abcd1234", "code", ""), rules.Cell("abcd1234", "code", ""), rules.Cell("", "code", "")]
+        cells = [
+            rules.Cell("abcd1234", "code", ""),
+            rules.Cell("abcd1234", "code", ""),
+            rules.Cell("", "code", ""),
+        ]
+
     complaints = list(find("ids_are_there_and_unique")(Twice))
     assert len(complaints) == 2
 
 
-@pytest.mark.parametrize("line, fragment", [
-    ("from llm_course.train.loop import train", "not a lower number"),
-    ("import llm_course.train.loop", "not a lower number"),
-    ("from llm_course.train import loop", "not a lower number"),
-    ("from llm_course.nowhere import x", "no lesson exports"),
-    ("from llm_course.tokens.bpe import x", "must not import tokens"),
-    ("def f():\n    from llm_course.train.loop import train", "not a lower number"),
-])
+@pytest.mark.parametrize(
+    "line, fragment",
+    [
+        ("from llm_course.train.loop import train", "not a lower number"),
+        ("import llm_course.train.loop", "not a lower number"),
+        ("from llm_course.train import loop", "not a lower number"),
+        ("from llm_course.nowhere import x", "no lesson exports"),
+        ("from llm_course.tokens.bpe import x", "must not import tokens"),
+        ("def f():\n    from llm_course.train.loop import train", "not a lower number"),
+    ],
+)
 def test_imports_of_higher_numbers_are_caught(line, fragment, tmp_path):
     known = {"core": 0, "tokens.bpe": 20, "model.double": 31, "train.loop": 41}
     check = rules.exports_import_lower_numbers
@@ -133,7 +160,16 @@ def test_imports_of_higher_numbers_are_caught(line, fragment, tmp_path):
     assert fragment in " ".join(check(broken, known))
 
 
-@pytest.mark.parametrize("line", ['open("a.bin", "rb")', 'p.open("wb")', 'open("a", encoding="utf-8")',
-                                  'p.read_text(encoding="utf-8")', "webbrowser.open(url)", "p.read_bytes()"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        'open("a.bin", "rb")',
+        'p.open("wb")',
+        'open("a", encoding="utf-8")',
+        'p.read_text(encoding="utf-8")',
+        "webbrowser.open(url)",
+        "p.read_bytes()",
+    ],
+)
 def test_good_ways_to_open_a_file_pass(line, tmp_path):
     assert list(find("text_files_say_their_encoding")(write(tmp_path, **added(line)))) == []

@@ -2,6 +2,7 @@
 
 The environment is kept in .cache and made again when what it needs has changed.
 """
+
 import hashlib
 import os
 import shutil
@@ -81,12 +82,16 @@ def test_archives_hold_the_lessons_and_the_modules(built):
 def test_the_environment_holds_no_more_than_it_should(bin_folder):
     run(bin_folder / "python", "-m", "pip", "check")
     found = run(bin_folder / "python", "-m", "pip", "list", "--format=freeze").lower()
-    extra = [name for name in ("nbdev", "pytest", "playwright", "transformers") if f"\n{name}==" in found]
+    extra = [
+        name for name in ("nbdev", "pytest", "playwright", "transformers") if f"\n{name}==" in found
+    ]
     assert not extra, f"the dev extra leaked in: {extra}"
 
 
 def test_a_lesson_runs_from_the_wheel(bin_folder, tmp_path):
-    where = run(bin_folder / "python", "-c", "import llm_course; print(llm_course.__file__)", cwd=tmp_path)
+    where = run(
+        bin_folder / "python", "-c", "import llm_course; print(llm_course.__file__)", cwd=tmp_path
+    )
     package = Path(where.strip()).parent
     assert ROOT / ".cache" in package.parents
     shutil.copy(package / "lessons" / LESSON, tmp_path)
