@@ -273,7 +273,7 @@ def lines_are_narrow(lesson):
     for cell in lesson.code_cells:
         for line in cell.source.splitlines():
             if len(line) > WIDTH:
-                yield f"cell {cell.id}: {len(line)} columns, at most {WIDTH}: {line.strip()[:50]}..."
+                yield f"cell {cell.id}: {len(line)} columns, at most {WIDTH}: {line.strip()[:40]}"
 
 
 @rule
@@ -345,7 +345,7 @@ def public_names_are_documented(lesson):
             lines = [line for _, line in parameters(node)]
             for name, line in parameters(node):
                 if line not in comments or lines.count(line) > 1:
-                    yield f"cell {cell.id}: {node.name}: a line and a comment of its own for {name!r}"
+                    yield f"cell {cell.id}: {node.name}: {name!r} needs a line with a comment"
 
 
 @rule
@@ -409,7 +409,8 @@ def forgets_encoding(call: ast.Call) -> bool:
     "Does this call open a text file without saying its encoding?"
     name = getattr(call.func, "id", getattr(call.func, "attr", ""))
     owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
-    if name not in {"open", "read_text", "write_text"} or owner in OPENS_BYTES:
+    methods = {"open", "read_text", "write_text"} if owner else {"open"}
+    if name not in methods or owner in OPENS_BYTES:
         return False
     mode = " ".join(ast.unparse(a) for a in call.args[:2]) + "".join(
         ast.unparse(k.value) for k in call.keywords if k.arg == "mode"

@@ -132,7 +132,7 @@ def run_all(page) -> None:
     page.wait_for_function(
         r"""() => {
         const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")];
-        const shown = prompts.map(e => e.innerText).filter(p => p.trim());  // folded cells show none
+        const shown = prompts.map(e => e.innerText).filter(p => p.trim());  // not the folded
         const last = [...document.querySelectorAll(".jp-CodeCell")].at(-1);
         return shown.every(p => /\[\d+\]/.test(p)) && last.querySelector(".jp-OutputArea-output")
             && document.querySelector('.jp-Notebook-ExecutionIndicator[data-status="idle"]');

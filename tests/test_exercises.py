@@ -59,7 +59,7 @@ class Collected:
                 exec(cell.source, self.space)
         for cell in self.cells:
             if defines_exercise(cell):
-                self.run(cell)
+                self.run(cell, self.cells[: self.cells.index(cell)])
             elif any(name in self.exercises for name, _ in checks(cell)):
                 self.keep(cell)
 
@@ -67,24 +67,24 @@ class Collected:
     def exercises(self) -> dict:
         return {k: v for k, v in self.space.items() if isinstance(v, Exercise)}
 
-    def run(self, cell) -> None:
-        "Run a cell once, and before it the cells whose names it uses: not the whole lesson."
-        if cell.id in self.done:
+    def run(self, cell, earlier: list) -> None:
+        "Run a cell once, and before it those of `earlier` that it needs: not the whole lesson."
+        if cell.id in self.done or cell.skipped:
             return
         self.done.add(cell.id)
-        self.prepare(cell)
+        self.prepare(cell, earlier)
         exec(compile(cell.source, cell.id, "exec"), self.space)
 
-    def prepare(self, cell) -> None:
-        "Run the earlier cells that define what this one uses."
+    def prepare(self, cell, earlier: list) -> None:
+        "Run the cells of `earlier` that define what this one uses."
         used = {node.id for node in cell.nodes(ast.Name)} - bound(cell) - self.space.keys()
-        for earlier in self.cells[: self.cells.index(cell)]:
-            if used & bound(earlier) and not earlier.skipped:
-                self.run(earlier)
+        for other in earlier:
+            if used & bound(other):
+                self.run(other, earlier)
 
     def keep(self, cell) -> None:
         "Define a cell's functions without running its checks."
-        self.prepare(cell)
+        self.prepare(cell, self.cells[: self.cells.index(cell)])
         body = [
             node
             for node in cell.tree.body
