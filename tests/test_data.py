@@ -361,7 +361,8 @@ def test_a_folder_without_texts_is_refused(tmp_path):
         read_texts(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "nowhere.txt", "a/b/c", "my story.txt", "data\\x", "data/x.jsonl"])
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere.txt", "a/b/c", "my story.txt", "data\\x", "data/x.jsonl",
+                                  "Once upon a time " * 1000, "a\0b"])
 def test_what_is_no_file_and_no_dataset_is_refused(name):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         read_texts(name)

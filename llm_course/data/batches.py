@@ -7,8 +7,8 @@ __all__ = ['END', 'HEADER', 'FORMAT', 'KINDS', 'join_documents', 'token_dtype', 
            'Batches', 'RandomWindows', 'boundaries', 'DocumentBatches', 'one_pass', 'held_out', 'dataset_texts',
            'read_texts']
 
-# %% ../../nbs/21_data.batches.ipynb #7961e4ea
-import bisect, codecs, csv, hashlib, itertools, json, re, shutil, tempfile, zlib
+# %% ../../nbs/21_data.batches.ipynb #b8cc4b6f
+import bisect, codecs, csv, hashlib, itertools, json, os, re, shutil, tempfile, zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -568,7 +568,7 @@ def dataset_texts(
         return _world_texts()
     return (_pick_column(row, column, f"{name}, row {n:,}") for n, row in enumerate(rows))
 
-# %% ../../nbs/21_data.batches.ipynb #103026e0
+# %% ../../nbs/21_data.batches.ipynb #da199d5c
 def _is_dataset_name(name: str) -> bool:
     'Is this "name", "owner/name" or "owner/name:config", without the ending of a file?'
     file = r"\.(txt|text|md|log|jsonl?|[ct]sv|parquet|html?|pdf|docx?|zip|gz|zst)$"
@@ -584,15 +584,15 @@ def read_texts(
 ) -> Iterator[str]:            # Documents, without empty ones
     "Documents from anywhere, one at a time; complains clearly about what it can't read."
     path, name = Path(source).expanduser(), str(source)
-    if path.exists():
+    if os.path.exists(path):  # unlike path.exists(), it answers for anything, even a whole text
         texts = (t for file in _find_files(path) for t in _read_file(file, column, encoding))
     elif name == "world":
         texts = _world_texts(limit or 20_000)
     elif _is_dataset_name(name):
         texts = dataset_texts(name, column, split)
     else:
-        raise FileNotFoundError(f"there is no file or folder {name!r}, and it can't be the name "
-                                "of a dataset, such as 'roneneldan/TinyStories'")
+        raise FileNotFoundError(f"there is no file or folder {name[:80]!r}, and it can't be the "
+                                "name of a dataset, such as 'roneneldan/TinyStories'")
     return _some_text(itertools.islice((t for t in texts if t.strip()), limit), name)
 
 # %% ../../nbs/21_data.batches.ipynb #e9f4ca39
