@@ -5,6 +5,8 @@ its own name, and no two misconceptions look the same on the cases.
 """
 
 import ast
+import builtins
+import dis
 import importlib
 import itertools
 import re
@@ -32,34 +34,34 @@ def checks(cell) -> list:
     ]
 
 
-def bound(cell) -> set:
-    "Names that a cell defines at its top level."
-    names = {
-        node.name for node in cell.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-    }
-    for node in cell.tree.body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.For)):
-            names |= {
-                n.id
-                for n in ast.walk(node)
-                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-            }
-    return names
+def global_names(code) -> set:
+    "The global names that compiled code reads, its inner functions included."
+    loads = {"LOAD_GLOBAL", "LOAD_NAME"}
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in loads}
+    inner = [global_names(c) for c in code.co_consts if hasattr(c, "co_code")]
+    return names.union(*inner)
 
 
 class Collected:
-    "The exercises of one lesson, with their stubs and their solutions."
+    """The exercises of one lesson, with their stubs and their solutions.
+
+    They may use what the lesson exports, what it imports, and other folded cells of exercises; so
+    they can be tried without running the lesson, and a learner can begin with them.
+    """
 
     def __init__(self, lesson):
-        self.cells = [cell for cell in lesson.code_cells if not cell.exported]
         self.space = dict(vars(importlib.import_module(f"llm_course.{lesson.module}")))
-        self.stubs, self.solutions, self.done = {}, {}, set()
-        for cell in self.cells:
+        self.stubs, self.solutions, self.unknown = {}, {}, {}
+        cells = [cell for cell in lesson.code_cells if not cell.exported]
+        for cell in cells:
             if is_import(cell) and not cell.skipped:
                 exec(cell.source, self.space)
-        for cell in self.cells:
+        for cell in cells:
             if defines_exercise(cell):
-                self.run(cell, self.cells[: self.cells.index(cell)])
+                code = compile(cell.source, cell.id, "exec")
+                exec(code, self.space)
+                unknown = global_names(code) - self.space.keys() - set(dir(builtins))
+                self.unknown |= {cell.id: unknown} if unknown else {}
             elif any(name in self.exercises for name, _ in checks(cell)):
                 self.keep(cell)
 
@@ -67,24 +69,8 @@ class Collected:
     def exercises(self) -> dict:
         return {k: v for k, v in self.space.items() if isinstance(v, Exercise)}
 
-    def run(self, cell, earlier: list) -> None:
-        "Run a cell once, and before it those of `earlier` that it needs: not the whole lesson."
-        if cell.id in self.done or cell.skipped:
-            return
-        self.done.add(cell.id)
-        self.prepare(cell, earlier)
-        exec(compile(cell.source, cell.id, "exec"), self.space)
-
-    def prepare(self, cell, earlier: list) -> None:
-        "Run the cells of `earlier` that define what this one uses."
-        used = {node.id for node in cell.nodes(ast.Name)} - bound(cell) - self.space.keys()
-        for other in earlier:
-            if used & bound(other):
-                self.run(other, earlier)
-
     def keep(self, cell) -> None:
         "Define a cell's functions without running its checks."
-        self.prepare(cell, self.cells[: self.cells.index(cell)])
         body = [
             node
             for node in cell.tree.body
@@ -111,6 +97,10 @@ def each(lesson):
     if not lesson.exercises:
         pytest.skip("this lesson has no exercises")
     return lesson.exercises.items()
+
+
+def test_exercises_stand_alone(lesson):
+    assert not lesson.unknown, f"names that are neither exported nor imported: {lesson.unknown}"
 
 
 def test_each_has_stub_and_solution(lesson):
