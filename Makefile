@@ -19,7 +19,7 @@ lab: $(READY)
 test: $(READY)
 	$(BIN)/pytest tests/test_in_sync.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing --n_workers 2
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --ignore tests/test_in_sync.py
 
 docs: $(READY)
 	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else \
