@@ -314,11 +314,11 @@ def make_facts(
         facts[a]["friend"], facts[b]["friend"] = b, a
     return facts
 
-# %% ../nbs/01_world.ipynb #d9e467ce
+# %% ../nbs/01_world.ipynb #6fe2e58b
 LISTS = {name: _items(text) for name, text in {
     "person": ", ".join(sorted(_SHE + _HE)),
-    "place": """the mill, the pond, the bridge, the well, the chapel, the inn, the schoolhouse,
-        the smithy, the orchard, the ferry""",
+    "place": """the mill, the pond, the bridge, the well, the chapel, the inn, the smithy,
+        the orchard""",
     "thing": "kettle, ladder, lantern, fiddle, umbrella, teapot, trumpet, birdcage",
     "goods": "eggs, turnips, plums, cheeses, leeks",
     "few": "two, three, four",
@@ -406,7 +406,7 @@ market: ^<when>, <intro> [carried|wheeled|dragged] {n=many} {g=goods} to market 
   could count|That cannot be right|The moths must have had one]." <closing>
 """
 
-# %% ../nbs/01_world.ipynb #9c6ca775
+# %% ../nbs/01_world.ipynb #3711739c
 GRAMMAR += r"""
 wager: ^<era>, <intro> could never [resist|refuse|walk past] a wager. "I bet," {a.he} <said> to
   {b=person-a} at {x=place}, "that I can {f=feat}." "[Nonsense|Fiddlesticks|Never|Prove it]," said
@@ -416,10 +416,10 @@ wager: ^<era>, <intro> could never [resist|refuse|walk past] a wager. "I bet," {
   keep the score|held the stakes]. [Half|All] of Nettlewick came to {x} to [look|cheer|take
   notes|hold its breath|sell {c.dish}]. [It went [well|beautifully|smoothly|perfectly] for <long>,
   until [a wasp arrived|somebody sneezed|{a.petname} the {a.pet} ran past|it began to hail|the
-  bell rang]. So {a} lost, and everybody saw {a.him} {p}|It looked
+  bell rang]. So {a} lost, and everybody at {x} saw {a.him} {p}|It looked
   [hopeless|impossible|dangerous|ridiculous] for <long>, but {a} [shut {a.his} eyes|thought of
   {a.dish}|gritted {a.his} teeth|muttered a prayer|counted to a hundred] and did it. So {b} lost,
-  and everybody saw {b.him} {q}], [<feeling>|with dignity|and asked for more|as promised].
+  and everybody at {x} saw {b.him} {q}], [<feeling>|with dignity|and asked for more|as promised].
   <closing>
 """
 
@@ -474,7 +474,7 @@ storm: ^<when> a storm [blew|rolled|crept|roared|limped] over Nettlewick. It [to
   milkmaid|{d=person-a-b}] found the {b.hat} hat at {x}, <hiding>. <closing>
 """
 
-# %% ../nbs/01_world.ipynb #58228475
+# %% ../nbs/01_world.ipynb #5c6bb1ea
 GRAMMAR += r"""
 letter: ^<when> a letter came for {a=person} of {a.street}. It was [written in green ink|in a
   shaky hand|in enormous capitals|addressed upside down] and [smelled of fish|had been opened
@@ -484,13 +484,13 @@ letter: ^<when> a letter came for {a=person} of {a.street}. It was [written in g
   [spelling|hurry|blots]. Your [faithful|loving|damp|hungry] friend, {b}." So {a} read it
   [twice|to the {a.pet}|by the window|backwards] and [laughed|frowned|blushed] for <long>. Then
   {a.he} [took a pen|sharpened a pencil|found a clean page] and wrote <feeling>: "Dear {b}, here
-  are the {t} and {n} {g}. [Hats|Pets|Friends] are [expensive|a trial|a comfort|like weather|best
+  are the {t} and the {g}. [Hats|Pets|Friends] are [expensive|a trial|a comfort|like weather|best
   kept indoors]. I have asked {c=person-a-b} the {c.job} to [visit you|pray for you|measure your
   head|look into it]. Come to {x=place} on <weekday> and bring {b.petname}. Yours [truly|ever|in
   haste], {a}." <closing>
 """
 
-# %% ../nbs/01_world.ipynb #a7f10079
+# %% ../nbs/01_world.ipynb #30b98216
 GRAMMAR += r"""
 quarrel: ^<era>, <intro> had not spoken to {b=person-a} for {n=few} [long|whole|silent] years. The
   trouble was the {t=thing}, because {b} had [borrowed|admired|sat upon|polished] the {t} and then
@@ -503,29 +503,29 @@ quarrel: ^<era>, <intro> had not spoken to {b=person-a} for {n=few} [long|whole|
   and a [bench|wall|log|rock] for two. For <long> nobody spoke. Then {b} [coughed|blinked|gave
   in|sneezed] and said, "I am sorry about the {t}." "I never liked that {t}," <said> {a}. "[It
   leaned|It squeaked|My aunt chose it|It was too heavy|It gave me nightmares|It frightened the
-  hens]." They [shook hands|laughed|wept a little|embraced|danced a jig], and after {n} years of
-  silence they talked until [midnight|dawn|the moon rose|their throats were sore|the first cock
-  crowed]. <closing>
+  hens]." They [shook hands|laughed|wept a little|embraced|danced a jig], and after [so much|such
+  a long] silence they talked until [midnight|dawn|the moon rose|their throats were sore|the first
+  cock crowed]. <closing>
 """
 
-# %% ../nbs/01_world.ipynb #d7344e8b
+# %% ../nbs/01_world.ipynb #17a85367
 GRAMMAR += r"""
 repair: ^<when>, <intro> [dropped|broke|cracked|flattened] {a.his} {t=thing}, so {a.he} took the
   {t} to {b=person-a} the {b.job}. "[That poor|Not another|The same old] {t}," {b} <said>, and
   turned it [over|upside down|round and round|inside out]. "[The spring has gone|The bottom is
   loose|It has lost its nerve|There is a pea inside|Somebody has danced on it|This is older than
-  the chapel]. I can [mend|cure|save] it in {k=few} days for {n=many} pence." "But {n} pence is
+  the chapel]. I can [mend|cure|save] it in {k=few} days for {n=many} pence." "But that is
   [robbery|madness|too much|a fortune]," said {a} <feeling>. "I will give you {a.dish} for your
   {b.pet}." "I fear {b.petname} does not eat {a.dish}," {b} [replied|answered|objected], "but I
-  do." So they agreed on {a.dish} and no pence. After {k} days the {t} was [better than new|almost
-  straight|mended with string|as shiny as a spoon|stronger than an ox], except that it
-  [rattled|smelled of {b.dish}|leaned to the left|pointed north|hummed at night|had turned
-  <paint>]. Then {a} [thanked {b.him}|shook hands|bowed|paid up] <feeling> and carried the {t}
-  home to {a.street} [under one arm|in a blanket|like a baby|through the rain|on {a.his} head],
-  [past {x=place}|waving at {c=person-a-b}|whistling|rather pleased]. <closing>
+  do." So they agreed on {a.dish} and no pence. After much [hammering|sawing|glue|thought] the {t}
+  was [better than new|almost straight|mended with string|as shiny as a spoon|stronger than an
+  ox], except that it [rattled|smelled of {b.dish}|leaned to the left|pointed north|hummed at
+  night|had turned <paint>]. Then {a} [thanked {b.him}|shook hands|bowed|paid up] <feeling> and
+  carried the {t} home to {a.street} [under one arm|in a blanket|like a baby|through the rain|on
+  {a.his} head], [past {x=place}|waving at {c=person-a-b}|whistling|rather pleased]. <closing>
 """
 
-# %% ../nbs/01_world.ipynb #9169aa75
+# %% ../nbs/01_world.ipynb #ebdfd4fb
 GRAMMAR += r"""
 race: ^every year on the [first|second|last] <weekday> of <month>, Nettlewick holds a
   [sack|pancake|wheelbarrow|donkey|three-legged] race from {x=place} to {y=place-x}. This year
@@ -536,9 +536,9 @@ race: ^every year on the [first|second|last] <weekday> of <month>, Nettlewick ho
   circle|met an uncle|fell in a ditch] and {c} [got stuck in a gate|was chased by bees|paused for
   {c.dish}|took a nap]. [Dogs barked|Children cheered|Hens scattered|A band played]. The crowd at
   {y} saw [little|nothing|the wrong end|only elbows], because of the [fog|bunting|dust|tall hats],
-  but {w=a,b,c} was first, {v=a,b,c-w} was second and {u=a,b,c-w-v} was last. The prize was
-  {e=dish}, and {w} [shared it with|gave half to|ate it in front of] {u}, [as a friend should|who
-  was still panting|<feeling>]. <closing>
+  but {w=a,b,c} was first and {u=a,b,c-w} was last. The prize was {e=dish}, and {w} [shared it
+  with|gave half to|ate it in front of] {u}, [as a friend should|who was still panting|<feeling>].
+  <closing>
 """
 
 # %% ../nbs/01_world.ipynb #2f53cd47
@@ -557,7 +557,7 @@ birthday: ^<when>, <intro> turned [thirty|forty|fifty|sixty|seventy|eighty]. The
   book|make a kite|wrap {a.his} sandwiches|light the stove]. <closing>
 """
 
-# %% ../nbs/01_world.ipynb #1fe75271
+# %% ../nbs/01_world.ipynb #787dd398
 GRAMMAR += r"""
 ghost: ^for {n=few} nights there had been [moans|footsteps|sobs|howls|rattles|groans] at
   {x=place}, and [nobody|no sensible person|not even the vicar] would go near {x} after dark. "It
@@ -571,7 +571,7 @@ ghost: ^for {n=few} nights there had been [moans|footsteps|sobs|howls|rattles|gr
   [jug|helmet|flowerpot] on its head. They [pulled|twisted|buttered] until it came off with a
   [pop|sigh|clatter|squelch], and led {c.petname} back to {c} in {c.street}. "[So that is where
   you were|I thought it was quiet|You look thinner|Nobody tells me anything]," <said> {c}. After
-  {n} nights of [fear|terror|whispers|prayers], {a} [came out|unlocked the door|opened one
+  {n} nights of [fear|terror|whispers|prayers] at {x}, {a} [came out|unlocked the door|opened one
   eye|felt rather foolish] at last. <closing>
 """
 
