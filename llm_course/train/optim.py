@@ -155,10 +155,13 @@ class Muon(Optimizer):
             for (p, _), u in zip(pairs, newton_schulz(torch.stack([u for _, u in pairs]))):
                 p.mul_(1 - self.lr * scale * self.weight_decay).sub_(u, alpha=lr)
 
-# %% ../../nbs/40_train.optim.ipynb #7626bea0
+# %% ../../nbs/40_train.optim.ipynb #ea3c7e7f
 class OptimizerGroup:
     "Several optimisers that step together."
-    def __init__(self, *optimizers: Optimizer):
+    def __init__(
+        self,
+        *optimizers: Optimizer, # Each with parameters of its own
+    ):
         self.optimizers = optimizers
 
     def zero_grad(self) -> None:
@@ -182,7 +185,7 @@ class OptimizerGroup:
             own = {k.split(".", 1)[1]: v for k, v in state.items() if k.startswith(f"{i}.")}
             load_optimizer_state(o, own)
 
-# %% ../../nbs/40_train.optim.ipynb #630e705f
+# %% ../../nbs/40_train.optim.ipynb #6d89f0a0
 def split_params(
     model: nn.Module, # Any model whose output layer, if it has its own, is called `head`
 ) -> tuple[list[Tensor], list[Tensor]]:  # Matrices inside the network, and all other parameters
@@ -193,6 +196,7 @@ def split_params(
     params = [p for p in model.parameters() if p.requires_grad]
     return [p for p in params if id(p) in inner], [p for p in params if id(p) not in inner]
 
+# %% ../../nbs/40_train.optim.ipynb #47e2079f
 def course_optimizer(
     model: nn.Module,           # What to train
     lr_matrix: float = 0.03,    # Muon's learning rate
@@ -204,6 +208,7 @@ def course_optimizer(
     adam = AdamW(others, lr_other, weight_decay=weight_decay)
     return OptimizerGroup(Muon(matrices, lr_matrix, weight_decay=weight_decay), adam)
 
+# %% ../../nbs/40_train.optim.ipynb #d82239b5
 def adamw_optimizer(
     model: nn.Module,           # What to train
     lr: float = 1e-3,           # Learning rate of all parameters
@@ -216,7 +221,7 @@ def adamw_optimizer(
     group = [AdamW([p for p in params if p.ndim >= 2], lr, betas, weight_decay=weight_decay)]
     return OptimizerGroup(*group, *([AdamW(vectors, lr, betas)] if vectors else []))
 
-# %% ../../nbs/40_train.optim.ipynb #f75ad6fb
+# %% ../../nbs/40_train.optim.ipynb #16a8d258
 def _ramp(progress: float, warmup: float) -> float:
     "From 0 to 1 during the warm-up."
     return min(1.0, progress / warmup) if warmup > 0 else 1.0
@@ -230,6 +235,7 @@ def cosine(
     done = min(1.0, max(0.0, (progress - warmup) / (1 - warmup)))
     return _ramp(progress, warmup) * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
+# %% ../../nbs/40_train.optim.ipynb #e4bbd7a4
 def warmup_stable_decay(
     progress: float,      # Share of the run that is done, 0 to 1
     warmup: float = 0.02, # Share of the run for the warm-up
