@@ -643,13 +643,15 @@ QUESTIONS = {
     "petname": ("{}, who kept a [pet] called", "What is the name of the pet of {}?"),
 }
 
-# %% ../nbs/01_world.ipynb #1d56fec4
+# %% ../nbs/01_world.ipynb #4a6afbe8
 def ask(
     facts: dict,   # From `make_facts`
     person: str,   # About whom
     relation: str, # What: a key of `QUESTIONS`
 ) -> Question:     # With the true answer and all false ones
-    "A question about one fact."
+    "A question about one fact. Raises `ValueError` for an unknown relation."
+    if relation not in QUESTIONS:
+        raise ValueError(f"relation {relation!r} is unknown; choose from {list(QUESTIONS)}")
     prompt, text = (form.format(person) for form in QUESTIONS[relation])
     prompt = "One day, " + prompt.replace("[pet]", facts[person]["pet"])
     answer = facts[person][relation]
