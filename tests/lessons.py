@@ -5,8 +5,8 @@
     python tests/lessons.py --store [NAME...]  and store their outputs in the notebooks
     python tests/lessons.py --times            write the seconds into the table of the index
 
-The same lesson stores the same bytes each time: seeds and threads are fixed, the network and the
-accelerator are off, and whatever changes from run to run is left out of the outputs.
+With --store, the same lesson stores the same bytes each time: seeds and threads are fixed, the
+network and the accelerator are off, and what changes from run to run is left out of the outputs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 STEADY = {
     "PYTHONHASHSEED": "0",
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",
     "LLM_COURSE_DEVICE": "cpu",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -56,7 +56,7 @@ def is_skipped(source: str) -> bool:
     return re.match(r"(#\|.*\n)*#\| eval: false", source) is not None
 
 
-def execute(path: Path, timeout: int = 300) -> tuple:
+def execute(path: Path, env: dict, timeout: int = 300) -> tuple:
     "Run a notebook where it lies; returns it with fresh outputs, and the seconds it took."
     notebook = nbformat.read(path, as_version=4)
     runnable = [c for c in notebook.cells if c.cell_type != "code" or not is_skipped(c.source)]
@@ -69,10 +69,8 @@ def execute(path: Path, timeout: int = 300) -> tuple:
     )
     with tempfile.TemporaryDirectory() as home:
         start = time.perf_counter()
-        env = {**os.environ, **STEADY, "IPYTHONDIR": home}
-        client.execute(
-            env=env, stderr=subprocess.DEVNULL
-        )  # the kernel's log, not the cells' output
+        env = {**os.environ, **env, "IPYTHONDIR": home}
+        client.execute(env=env, stderr=subprocess.DEVNULL)  # what goes there is the kernel's log
     return notebook, time.perf_counter() - start
 
 
@@ -109,7 +107,7 @@ def store(path: Path) -> float:
     from execnb.nbio import nb2str
     from nbdev.clean import clean_nb
 
-    notebook, seconds = execute(path)
+    notebook, seconds = execute(path, STEADY)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if steady_output(o)]
@@ -159,7 +157,7 @@ def main() -> None:
     seconds, failed = {}, []
     for path in find(options.names, options.folder):
         try:
-            seconds[path.stem] = store(path) if options.store else execute(path)[1]
+            seconds[path.stem] = store(path) if options.store else execute(path, {})[1]
             print(f"{path.stem:24} {seconds[path.stem]:5.1f} s", flush=True)
         except Exception as error:
             failed.append(path.stem)
