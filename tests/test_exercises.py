@@ -58,16 +58,24 @@ class Collected:
                 exec(cell.source, self.space)
         for cell in cells:
             if defines_exercise(cell):
-                code = compile(cell.source, cell.id, "exec")
-                exec(code, self.space)
-                unknown = global_names(code) - self.space.keys() - set(dir(builtins))
-                self.unknown |= {cell.id: unknown} if unknown else {}
+                self.define(cell)
             elif any(name in self.exercises for name, _ in checks(cell)):
                 self.keep(cell)
 
     @property
     def exercises(self) -> dict:
         return {k: v for k, v in self.space.items() if isinstance(v, Exercise)}
+
+    def define(self, cell) -> None:
+        "Run a cell that makes exercises, and note the names in it that nothing here defines."
+        code = compile(cell.source, cell.id, "exec")
+        try:
+            exec(code, self.space)
+        except NameError as error:
+            self.unknown[cell.id] = {str(error)}
+            return
+        if unknown := global_names(code) - self.space.keys() - set(dir(builtins)):
+            self.unknown[cell.id] = unknown
 
     def keep(self, cell) -> None:
         "Define a cell's functions without running its checks."
