@@ -8,9 +8,9 @@ __all__ = ['PRECISIONS', 'CHECKPOINT', 'BEST', 'prepare', 'summed_loss', 'evalua
            'check_finite', 'checksum', 'write_checkpoint', 'read_checkpoint', 'random_state', 'set_random_state',
            'fenced', 'describe', 'plain_model', 'differences', 'save_checkpoint', 'load_checkpoint', 'part_of',
            'checkpoints', 'save_numbered', 'resume', 'show_row', 'look', 'gentle_interrupt', 'keep_memory', 'train',
-           'begin', 'after_step', 'keep_best', 'interrupt', 'finish', 'Excess', 'floor_excess']
+           'begin', 'after_step', 'settle', 'interrupt', 'finish', 'Excess', 'floor_excess']
 
-# %% ../../nbs/41_train.loop.ipynb #efefe40c
+# %% ../../nbs/41_train.loop.ipynb #37049d0b
 import ctypes, json, math, random, signal, sys, threading, time, zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -25,7 +25,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from ..core import atomic_write, pick_dtype
 from ..data.batches import DocumentBatches, memory_shards, one_pass
-from .optim import SCHEDULES, OptimizerGroup, adamw_optimizer, clip_grad_norm, course_optimizer
+from .optim import (
+    SCHEDULES, OptimizerGroup, adamw_optimizer, clip_grad_norm, course_optimizer)
 
 # %% ../../nbs/41_train.loop.ipynb #831371a0
 def prepare(
@@ -146,7 +147,7 @@ class TrainConfig:
 
 PRECISIONS = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
-# %% ../../nbs/41_train.loop.ipynb #5ad75150
+# %% ../../nbs/41_train.loop.ipynb #6bc497da
 @dataclass
 class Progress:
     "How far a run is."
@@ -158,6 +159,7 @@ class Progress:
     history: list = field(default_factory=list)  # One dict for each evaluation
     stopped: str = ""      # "done" or "no improvement", when the run is over
 
+# %% ../../nbs/41_train.loop.ipynb #27349e09
 class Trainer:
     "A model, what it learns from, and how far it is."
     def __init__(
@@ -171,9 +173,11 @@ class Trainer:
         self.dtype = PRECISIONS.get(config.precision) or pick_precision(self.device)
         self.scale, self.progress = LossScale(self.dtype), Progress()
         self.optimizer, self.started = make_optimizer(model, config), time.perf_counter()
+        self.best_weights = None
         self.recent = []   # losses since the last evaluation
         self.pending = []  # losses and gradient lengths that nobody has looked at yet
 
+# %% ../../nbs/41_train.loop.ipynb #dd4a1133
 def make_optimizer(
     model: nn.Module,    # What to train
     config: TrainConfig, # Settings
@@ -277,7 +281,7 @@ def write_checkpoint(
     with atomic_write(path) as f:
         f.write(save(tensors, metadata))
 
-# %% ../../nbs/41_train.loop.ipynb #d74727fa
+# %% ../../nbs/41_train.loop.ipynb #0cc5d94a
 def read_checkpoint(
     path: str | Path,   # What `write_checkpoint` wrote
 ) -> tuple[dict, dict]: # Tensors, facts
@@ -292,12 +296,12 @@ def read_checkpoint(
     if not kind.startswith("llm-course checkpoint"):
         raise ValueError(f"{path} is a safetensors file, but not a checkpoint of a training run")
     if kind != CHECKPOINT:
-        raise ValueError(f"{path} is {kind!r}, this version reads {CHECKPOINT!r}; update llm-course")
+        raise ValueError(f"{path} is {kind!r}, this version reads {CHECKPOINT!r}: update it")
     if checksum(tensors, metadata.get("facts", "")) != metadata.get("checksum"):
         raise ValueError(f"{path} is damaged: its checksum differs")
     return tensors, json.loads(metadata["facts"])
 
-# %% ../../nbs/41_train.loop.ipynb #0398d7fa
+# %% ../../nbs/41_train.loop.ipynb #df6bb9eb
 def random_state(
     device: torch.device,   # Where the model is
 ) -> tuple[dict, dict]:     # Tensors, and what JSON can hold
@@ -322,6 +326,7 @@ def set_random_state(
     name, keys, *rest = facts["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
 
+# %% ../../nbs/41_train.loop.ipynb #5c81ea8a
 @contextmanager
 def fenced(
     device: torch.device, # Where the model is
@@ -333,7 +338,7 @@ def fenced(
     finally:
         set_random_state(device, *before)
 
-# %% ../../nbs/41_train.loop.ipynb #492011fd
+# %% ../../nbs/41_train.loop.ipynb #3d7f351d
 def describe(
     trainer: Trainer, # The run
 ) -> dict:            # Setting -> value, flat
@@ -344,11 +349,10 @@ def describe(
         made_of = asdict(config)
     else:
         made_of = {name: list(p.shape) for name, p in model.named_parameters()}
-    flat = {}
-    for name, value in {**asdict(trainer.config), **made_of}.items():
-        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return json.loads(json.dumps(flat))
+    style = {f"style.{k}": v for k, v in dict(made_of.pop("style", {})).items()}
+    return json.loads(json.dumps({**asdict(trainer.config), **made_of, **style}))
 
+# %% ../../nbs/41_train.loop.ipynb #4efb4785
 def plain_model(
     model: nn.Module, # Perhaps wrapped by torch.compile
 ) -> nn.Module:       # Without the wrapping
@@ -363,7 +367,7 @@ def differences(
     names = [k for k in {**saved, **now} if saved.get(k) != now.get(k)]
     return ", ".join(f"{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in names)
 
-# %% ../../nbs/41_train.loop.ipynb #24627539
+# %% ../../nbs/41_train.loop.ipynb #df2406ce
 def save_checkpoint(
     trainer: Trainer, # The run
     path: str | Path, # Where to
@@ -379,6 +383,7 @@ def save_checkpoint(
              "scale": [t.scale.factor, t.scale.good]}
     write_checkpoint(path, {f"{g}.{k}": v for g, d in groups.items() for k, v in d.items()}, facts)
 
+# %% ../../nbs/41_train.loop.ipynb #4932bbbb
 def load_checkpoint(
     trainer: Trainer, # A run with the same settings
     path: str | Path, # A file that `save_checkpoint` wrote
@@ -447,7 +452,7 @@ def resume(
         raise ValueError("no checkpoint can be read: " + "; ".join(damaged))
     return None
 
-# %% ../../nbs/41_train.loop.ipynb #09cf0d79
+# %% ../../nbs/41_train.loop.ipynb #17c3af60
 def show_row(
     trainer: Trainer, # The run, just evaluated
 ) -> None:
@@ -456,6 +461,7 @@ def show_row(
     valid = "" if row["valid"] is None else f"  valid {row['valid']:.3f}"
     print(f"step {row['step']:6}  train {row['train']:.3f}{valid}")
 
+# %% ../../nbs/41_train.loop.ipynb #78b36c74
 def look(
     trainer: Trainer,               # The run
     valid: Iterable[tuple] | None,  # Batches to evaluate on
@@ -468,8 +474,9 @@ def look(
     with fenced(t.device):
         loss = None if valid is None else evaluate(t.model, valid, t.dtype)
         train = torch.stack(t.recent).mean().item() if t.recent else None
+        rate = rate_factor(t.config, budget_used(t))
         p.history.append({"step": p.step, "tokens": p.tokens, "seconds": p.seconds,
-                          "train": train, "valid": loss, "rate": rate_factor(t.config, budget_used(t))})
+                          "train": train, "valid": loss, "rate": rate})
         t.recent = []
         better = loss is not None and loss < p.best
         p.best, p.waiting = (loss, 0) if better else (p.best, p.waiting + 1)
@@ -480,7 +487,7 @@ def look(
             watch(t)
     return better
 
-# %% ../../nbs/41_train.loop.ipynb #70cad5c9
+# %% ../../nbs/41_train.loop.ipynb #16afee04
 @contextmanager
 def gentle_interrupt() -> Iterator[list]: # Fills when Ctrl-C was pressed
     "Note the first Ctrl-C; let the second one through."
@@ -500,6 +507,7 @@ def gentle_interrupt() -> Iterator[list]: # Fills when Ctrl-C was pressed
     finally:
         signal.signal(signal.SIGINT, before)
 
+# %% ../../nbs/41_train.loop.ipynb #a527644f
 def keep_memory() -> None:
     "Let Linux's C library keep freed memory for the next step: saves 10 to 20 % on a CPU."
     if sys.platform == "linux":
@@ -510,83 +518,83 @@ def keep_memory() -> None:
         except (AttributeError, OSError):
             pass  # another C library
 
-# %% ../../nbs/41_train.loop.ipynb #a50e1a57
+# %% ../../nbs/41_train.loop.ipynb #9ecd2f16
 def train(
     model: nn.Module,                  # tokens (B, T) -> logits (B, T, V); trained in place
     batches: Iterator,                 # Tokens, targets and a mask or None, without end
     config: TrainConfig,               # All that decides the numbers
     valid: Iterable[tuple] | None = None, # Batches to evaluate on, a list for example
     folder: str | Path | None = None,  # Where to save; a run found there is continued
-    eval_every: int = 100,             # Steps from one look to the next
-    save_every: int | None = None,     # Steps from one checkpoint to the next; by default eval_every
+    eval_every: int = 100,             # Steps from one look and checkpoint to the next
     patience: int | None = None,       # Stop after so many looks without improvement
     watch: Callable | None = show_row, # Called with the `Trainer` at each look
     curve = None,                      # A `LiveCurve`
 ) -> Progress:                         # What happened
-    "Train a model, or continue to. Ctrl-C saves and raises `KeyboardInterrupt`."
+    "Train a model, or go on training it. Ctrl-C saves, then raises `KeyboardInterrupt`."
     t = Trainer(model, batches, config)
-    keep_memory()
     begin(t, folder, valid, patience)
     with gentle_interrupt() as interrupted:
         while not t.progress.stopped:
             train_step(t)
-            due = [after_step(t, every) for every in (eval_every, save_every or eval_every)]
-            if due[0] and look(t, valid, watch, curve):
-                keep_best(t, folder, patience)
-            if patience and t.progress.waiting >= patience:
-                t.progress.stopped = "no improvement"
-            if folder and (due[1] or t.progress.stopped or interrupted):
+            due = after_step(t, eval_every)
+            if due:
+                settle(t, look(t, valid, watch, curve), folder, patience)
+            if folder and (due or interrupted):
                 save_numbered(t, folder)
             if interrupted:
                 interrupt(t, folder)
     return finish(t, curve)
 
-# %% ../../nbs/41_train.loop.ipynb #735e7874
+# %% ../../nbs/41_train.loop.ipynb #a66b4dac
+BEST = "best.safetensors"
+
 def begin(
-    trainer: Trainer,              # A new run
-    folder: str | Path | None,     # Where it saves
-    valid: Iterable | None,        # Batches to evaluate on
-    patience: int | None,          # For early stopping
+    trainer: Trainer,          # A new run
+    folder: str | Path | None, # Where it saves
+    valid: Iterable | None,    # Batches to evaluate on
+    patience: int | None,      # For early stopping
 ) -> None:
-    "Check what can be checked, continue a saved run, and start the clock."
+    "Check the arguments, continue a saved run, and start the clock."
     t = trainer
     if patience and valid is None:
         raise ValueError("patience needs valid=...: nothing else tells when to stop")
     if folder and not hasattr(t.batches, "state_dict"):
         raise TypeError("to save a run, its batches must have state_dict and load_state_dict, "
                         "as RandomWindows and DocumentBatches do")
-    t.best_weights = None
+    keep_memory()
     if folder and resume(t, folder) and patience and (Path(folder) / BEST).exists():
         t.best_weights = part_of(read_checkpoint(Path(folder) / BEST)[0], "model")
     t.model.train()
     t.started = time.perf_counter() - t.progress.seconds
 
+# %% ../../nbs/41_train.loop.ipynb #6d0202fc
 def after_step(
     trainer: Trainer, # The run
-    every: int,       # Steps from one event to the next
-) -> bool:            # Is it time for the event?
-    "Read the clock, notice the end, and say whether something is due."
+    every: int,       # Steps from one look to the next
+) -> bool:            # Is it time for a look?
+    "Read the clock; notice the end, which is a time for a look, too."
     p = trainer.progress
     p.seconds = time.perf_counter() - trainer.started
     if budget_used(trainer) >= 1:
         p.stopped = "done"
     return p.step % every == 0 or bool(p.stopped)
 
-BEST = "best.safetensors"
-
-# %% ../../nbs/41_train.loop.ipynb #ce74f880
-def keep_best(
-    trainer: Trainer,          # The run, better than ever
+def settle(
+    trainer: Trainer,          # The run, just evaluated
+    better: bool,              # Was it better than ever?
     folder: str | Path | None, # Where it saves
     patience: int | None,      # For early stopping
 ) -> None:
-    "Keep a copy of the weights, and a checkpoint."
-    if patience:
+    "Keep the best weights, or stop when patience is at an end."
+    if better and patience:
         weights = plain_model(trainer.model).state_dict()
         trainer.best_weights = {k: v.detach().clone() for k, v in weights.items()}
-    if folder:
+    if better and folder:
         save_checkpoint(trainer, Path(folder) / BEST)
+    if patience and trainer.progress.waiting >= patience:
+        trainer.progress.stopped = "no improvement"
 
+# %% ../../nbs/41_train.loop.ipynb #675094cb
 def interrupt(
     trainer: Trainer,          # The run
     folder: str | Path | None, # Where it was saved
@@ -600,7 +608,7 @@ def interrupt(
 
 def finish(
     trainer: Trainer, # The run
-    curve,            # A `LiveCurve`, or None
+    curve = None,     # A `LiveCurve`
 ) -> Progress:        # What happened
     "Put the best weights back after an early stop, and draw the curve a last time."
     if trainer.progress.stopped == "no improvement" and trainer.best_weights:
