@@ -1,0 +1,278 @@
+"""A training run is killed at random moments and must go on as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llm_course.data.batches import RandomWindows, memory_shards
+from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.tokens.bpe import CharTokenizer
+from llm_course.train.loop import (
+    TrainConfig,
+    Trainer,
+    checkpoints,
+    load_checkpoint,
+    read_checkpoint,
+    resume,
+    train,
+    train_step,
+    write_checkpoint,
+)
+
+STEPS = 60
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 20
+
+
+def make_run(width: int = 32, seed: int = 0):
+    "A model with dropout, so that the random generators matter, and its batches."
+    torch.manual_seed(0)
+    tokenizer = CharTokenizer.train([TEXT])
+    shards = memory_shards([TEXT], tokenizer)
+    config = GPTConfig(tokenizer.vocab_size, 32, width, n_layers=2, n_heads=2, dropout=0.1)
+    return GPT(config), RandomWindows(shards, 4, 32, seed=seed)
+
+
+def run(folder: Path, log: Path | None = None, steps: int = STEPS):
+    "Train; write a line for each step, as soon as it is saved."
+
+    def watch(trainer):
+        if log is not None:
+            row = trainer.progress.history[-1]
+            with open(log, "a", encoding="utf-8") as f:
+                f.write(json.dumps([row["step"], row["train"]]) + "\n")
+
+    torch.set_num_threads(1)
+    model, batches = make_run()
+    config = TrainConfig(steps=steps, accumulate=2)
+    valid = [RandomWindows(batches.shards, 4, 32, seed=9).batch(0)]
+    progress = train(model, batches, config, valid, folder, eval_every=2, watch=watch)
+    return model, progress
+
+
+def start(folder: Path, log: Path) -> subprocess.Popen:
+    "The same run in a process of its own."
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, __file__, str(folder), str(log)], env=env)
+
+
+def losses(log: Path) -> dict:
+    "Step -> loss; complains if a step was ever seen with two losses."
+    seen = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        step, loss = json.loads(line)
+        assert seen.setdefault(step, loss) == loss, f"step {step} had two losses"
+    return seen
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder / "run", folder / "log")
+    assert process.wait(timeout=120) == 0
+    return folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments(tmp_path, undisturbed, seed):
+    rng, folder, log, kills = random.Random(seed), tmp_path / "run", tmp_path / "log", 0
+    for attempt in range(40):
+        process = start(folder, log)
+        before = len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:  # until it has begun
+            if log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > before:
+                break
+            time.sleep(0.002)
+        if attempt < 4:
+            time.sleep(rng.uniform(0, 0.15))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        code = process.wait(timeout=120)
+        for path in checkpoints(folder):
+            read_checkpoint(path)  # whatever is there under its name can be read
+        if code == 0:
+            break
+    assert code == 0 and kills >= 2
+    assert losses(log) == losses(undisturbed / "log")
+    last = checkpoints(folder)[-1]
+    ours, facts = read_checkpoint(last)
+    theirs, _ = read_checkpoint(undisturbed / "run" / last.name)
+    assert facts["progress"]["step"] == STEPS
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not list(folder.glob(".*")), "half-written files were left behind"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_kill_loses_only_steps_since_the_last_checkpoint(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = start(folder, log)
+    while process.poll() is None and (
+        not log.exists() or len(log.read_text(encoding="utf-8").splitlines()) < 10
+    ):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    seen = max(losses(log))
+    saved = read_checkpoint(checkpoints(folder)[-1])[1]["progress"]["step"]
+    assert saved >= seen - 2  # a line is written just before its checkpoint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to the whole console")
+def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder), str(log)]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not log.exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and b"KeyboardInterrupt" in err
+    assert b"Stopped after step" in out and b"same folder" in out
+    step = int(out.split(b"after step ")[1].split(b",")[0])
+    assert read_checkpoint(checkpoints(folder)[-1])[1]["progress"]["step"] == step
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    "A run of four steps, and its files."
+    folder = tmp_path_factory.mktemp("saved")
+    run(folder, steps=4)
+    return folder
+
+
+def trainer(**changes):
+    model, batches = make_run(changes.pop("width", 32), changes.pop("seed", 0))
+    return Trainer(model, batches, TrainConfig(**{"steps": 4, "accumulate": 2, **changes}))
+
+
+def test_every_truncation_is_noticed(saved, tmp_path):
+    whole = checkpoints(saved)[-1].read_bytes()
+    rng = random.Random(0)
+    for length in [0, 1, 7, 8, 9, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(30))]:
+        path = tmp_path / "cut.safetensors"
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cut.safetensors is"):
+            read_checkpoint(path)
+
+
+def test_every_flipped_bit_is_noticed(saved, tmp_path):
+    whole = checkpoints(saved)[-1].read_bytes()
+    rng = random.Random(1)
+    header = int.from_bytes(whole[:8], "little") + 8
+    places = [*range(16), *(rng.randrange(header) for _ in range(60))]
+    places += [rng.randrange(header, len(whole)) for _ in range(60)]
+    good = read_checkpoint(checkpoints(saved)[-1])
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.randrange(8)
+        path = tmp_path / "flipped.safetensors"
+        path.write_bytes(flipped)
+        try:
+            tensors, facts = read_checkpoint(path)
+        except ValueError as error:
+            assert "flipped.safetensors" in str(error)
+            continue
+        # a flip that changes nothing that is read, such as a space in the header's padding
+        assert facts == good[1] and tensors.keys() == good[0].keys()
+        assert all(torch.equal(tensors[name], good[0][name]) for name in tensors)
+
+
+def test_foreign_files_are_named(saved, tmp_path):
+    letter, model_file = tmp_path / "letter.safetensors", tmp_path / "model.safetensors"
+    letter.write_text("Dear aunt", encoding="utf-8")
+    save_file({"weight": torch.zeros(3)}, model_file)
+    with pytest.raises(ValueError, match="letter.safetensors is damaged or not a checkpoint"):
+        load_checkpoint(trainer(), letter)
+    with pytest.raises(ValueError, match="not a checkpoint of a training run"):
+        load_checkpoint(trainer(), model_file)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(trainer(), tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lr": 0.5}, "lr was 0.01 and is 0.5"),
+        ({"steps": 9, "clip": None}, "steps was 4 and is 9, clip was 1.0 and is None"),
+        ({"width": 48}, "d_model was 32 and is 48"),
+        ({"seed": 5}, "seed was 0 and is 5"),
+    ],
+)
+def test_another_run_is_refused_by_name(saved, changes, message):
+    other = trainer(**changes)
+    weights = [p.detach().clone() for p in other.model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(other, checkpoints(saved)[-1])
+    assert all(torch.equal(p, q) for p, q in zip(weights, other.model.parameters()))
+
+
+def test_a_damaged_newest_checkpoint_falls_back(saved, tmp_path, capsys):
+    for path in checkpoints(saved):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    newest = checkpoints(tmp_path)[-1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert resume(trainer(), tmp_path) == checkpoints(tmp_path)[-2]
+    assert "going on from" in capsys.readouterr().out
+    for path in checkpoints(tmp_path):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint can be read"):
+        resume(trainer(), tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, {"w": torch.ones(3)}, {"step": 1})
+
+    def full_disk(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError):
+        write_checkpoint(path, {"w": torch.zeros(3)}, {"step": 2})
+    assert read_checkpoint(path)[1] == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_numbers_that_are_none_reach_no_checkpoint(tmp_path):
+    t = trainer()
+    t.model.head.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not a finite number"):
+        train_step(t)
+    model, batches = make_run()
+    config = TrainConfig(steps=50, lr=1e30, lr_matrix=1e30, warmup=0.0, clip=None)
+    with pytest.raises(FloatingPointError, match="half the learning rate"):
+        train(model, batches, config, folder=tmp_path, eval_every=1, watch=None)
+    for path in checkpoints(tmp_path):
+        tensors, _ = read_checkpoint(path)
+        assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_watching_changes_nothing(tmp_path):
+    def busy(trainer):
+        torch.rand(1000)
+        random.random()
+
+    results = []
+    for watch, every in ((None, 7), (busy, 1)):
+        model, batches = make_run()
+        valid = [RandomWindows(batches.shards, 4, 32, seed=9).batch(0)]
+        train(model, batches, TrainConfig(steps=7), valid, eval_every=every, watch=watch)
+        results.append(list(model.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(*results))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), Path(sys.argv[2]))
