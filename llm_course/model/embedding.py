@@ -62,7 +62,7 @@ def thin_out(
     parts = keep.split([len(t) for t in texts])
     return [t[k] for t, k in zip(texts, parts)]
 
-# %% ../../nbs/30_model.embedding.ipynb #7436b7ef
+# %% ../../nbs/30_model.embedding.ipynb #fe60b21f
 def train_skip_gram(
     texts: list[Tensor],          # Word numbers of each text
     vocab_size: int,              # V
@@ -80,7 +80,7 @@ def train_skip_gram(
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     for _ in range(epochs):
         for batch in pairs[torch.randperm(len(pairs), generator=g)].split(4096):
-            loss = model(batch, torch.multinomial(odds, 128, replacement=True, generator=g))
+            loss = model(batch, torch.multinomial(odds, 64, replacement=True, generator=g))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -85,13 +85,15 @@ def make_position(
         return None
     raise ValueError(f"position {kind!r} is unknown; choose learned, sinusoidal, rope or none")
 
-# %% ../../nbs/33_model.gpt.ipynb #457ba232
+# %% ../../nbs/33_model.gpt.ipynb #3a4cd4da
 def enter(
     model: GPT,      # The model
     tokens: Tensor,  # Token numbers, (B, T)
     offset: int = 0, # Position of the first of them
 ) -> tuple[Tensor, Callable | None]: # Stream (B, T, C), and what turns queries and keys
-    "Look tokens up and mark their positions. Raises `ValueError` for more than fit."
+    "Look tokens up and mark their positions. Raises `ValueError` if they don't fit."
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected (B, T): [None] adds B")
     T, longest = tokens.shape[1], model.config.context_length
     if offset + T > longest:
         raise ValueError(
@@ -163,7 +165,7 @@ def save_model(
     with atomic_write(path) as f:
         f.write(save(state, header))
 
-# %% ../../nbs/33_model.gpt.ipynb #2c7744b5
+# %% ../../nbs/33_model.gpt.ipynb #207c1415
 def read_config(
     header: dict, # Of a safetensors file
     path: Path,   # Named in errors
@@ -172,12 +174,14 @@ def read_config(
     kind = header.get("kind", "")
     if not kind.startswith("llm-course model"):
         raise ValueError(f"{path} is a safetensors file, but save_model did not write it")
+    if kind != KIND:
+        raise ValueError(f"{path} is a file of kind {kind!r}, and this version of llm-course reads "
+                         f"{KIND!r}; update llm-course")
     try:
         values = json.loads(header["config"])
         return GPTConfig(**{**values, "style": Style(**values["style"])})
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} was written as {kind!r}, and this version of llm-course reads "
-                         f"{KIND!r} ({error}); update the older of the two") from None
+        raise ValueError(f"{path} has no configuration that can be read ({error})") from None
 
 # %% ../../nbs/33_model.gpt.ipynb #6318d2f5
 def load_model(
