@@ -149,7 +149,7 @@ def _push(parts: tuple, todo: tuple | None) -> tuple | None:
     return todo
 
 def tell(
-    teller: "Teller",    # Whose grammar
+    teller,              # A `Teller`, whose grammar is told
     rng: random.Random,  # Where the chance comes from
 ) -> tuple[str, float]:  # A text and the probability of the choices made for it
     "Make one choice after the other."
