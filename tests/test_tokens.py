@@ -2,8 +2,11 @@
 import importlib.util
 import json
 import pickle
+import random
+import sys
 import time
 import tracemalloc
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -178,14 +181,24 @@ def test_special_tokens_that_overlap_or_hold_blanks_survive_any_cut(text, sizes,
     assert list(ours.encode_stream(chunked(text, sizes), "all", window)) == ours.encode(text, "all")
 
 
-def test_a_stream_holds_less_than_a_megabyte(cl100k, shakespeare):
+def hard_text(first: int, last: int) -> str:
+    "Half a megabyte of characters in no order: hardly a piece occurs twice."
+    draw = random.Random(0)
+    letters = [" " if draw.random() < 0.1 else chr(draw.randint(first, last)) for _ in range(150_000)]
+    return "".join(letters)
+
+
+@pytest.mark.parametrize("kind", ["shakespeare", "latin", "chinese", "emoji"])
+def test_a_stream_holds_less_than_a_megabyte(cl100k, shakespeare, kind):
     ours, theirs = cl100k
-    chunks = [shakespeare[i:i + 100_000] for i in range(0, len(shakespeare), 100_000)]
+    text = {"shakespeare": shakespeare, "latin": hard_text(97, 122), "chinese": hard_text(0x4E00, 0x9FA4),
+            "emoji": hard_text(0x1F300, 0x1F5FF)}[kind]
+    chunks = [text[i:i + 50_000] for i in range(0, len(text), 50_000)]
     tracemalloc.start()
     n_ids = sum(1 for _ in ours.encode_stream(chunks))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert n_ids == len(theirs.encode(shakespeare))
+    assert n_ids == len(theirs.encode(text))
     assert peak < 1_000_000, f"{peak:,} bytes"
 
 
@@ -265,7 +278,6 @@ def test_training_equals_hugging_faces_up_to_the_first_tie(shakespeare):
                       max_size=5))
 def test_nothing_is_merged_across_or_inside_special_tokens(texts):
     names = ["<|x|>", "<|x|>y"]
-    import warnings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trained = BPETokenizer.train(texts, 300, special_tokens=names)
@@ -276,7 +288,6 @@ def test_nothing_is_merged_across_or_inside_special_tokens(texts):
 @SOME
 @given(text=st.text(max_size=200), vocab_size=st.integers(257, 400), pattern=st.sampled_from(list(bpe.PATTERNS)))
 def test_training_text_survives_the_round_trip(text, vocab_size, pattern):
-    import warnings
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trained = BPETokenizer.train([text], vocab_size, pattern)
@@ -335,7 +346,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_without_tiktoken_everything_but_the_exchange_works(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
     made = BPETokenizer.train("the cat sat at the hat", 260)
     made.fast_from = 0
     assert made.decode(made.encode("that hat")) == "that hat"

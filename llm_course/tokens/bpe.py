@@ -132,7 +132,7 @@ def decode_stream(
 
 Vocabulary.decode, Vocabulary.decode_stream = decode, decode_stream
 
-# %% ../../nbs/20_tokens.bpe.ipynb #8ebf023a
+# %% ../../nbs/20_tokens.bpe.ipynb #726c1b98
 class Tokenizer(Vocabulary):
     "Cuts text into pieces and gives each piece its ids."
     def __init__(
@@ -143,7 +143,7 @@ class Tokenizer(Vocabulary):
     ):
         super().__init__(ranks, special_tokens)
         self.pattern, self._splitter = pattern, regex.compile(pattern)
-        self._memory = lru_cache(50_000)(self.piece_ids)
+        self._memory = lru_cache(30_000)(self.piece_ids)
 
     def piece_ids(self, piece: str) -> tuple[int, ...]:
         "Ids of one piece; here a piece is a token."
@@ -185,7 +185,7 @@ def _allowed_names(vocabulary: Vocabulary, allowed_special: str | Iterable[str])
         raise ValueError(f"{sorted(names - known)} are not special here; {sorted(known)} are")
     return names
 
-# %% ../../nbs/20_tokens.bpe.ipynb #40182df7
+# %% ../../nbs/20_tokens.bpe.ipynb #14d7839f
 def _as_texts(texts: str | Iterable[str]) -> Iterator[str]:
     "Go through one text or many."
     for text in [texts] if isinstance(texts, str) else texts:
@@ -206,7 +206,7 @@ class ByteTokenizer(Tokenizer):
 
     def piece_ids(self, piece: str) -> tuple[int, ...]:
         "Ids of a character's bytes."
-        return tuple(self.ranks[bytes([b])] for b in piece.encode())
+        return tuple([self.ranks[bytes([b])] for b in piece.encode()])
 
 # %% ../../nbs/20_tokens.bpe.ipynb #eff8865c
 class CharTokenizer(Tokenizer):
@@ -363,7 +363,7 @@ def find_pattern(
         raise ValueError(f"the pattern {pattern!r} has a group (...); write (?:...) instead")
     return PATTERNS.get(pattern, pattern)
 
-# %% ../../nbs/20_tokens.bpe.ipynb #98ad6aaf
+# %% ../../nbs/20_tokens.bpe.ipynb #5ff211d0
 def merge_bytes(
     piece: bytes,             # What to encode
     ranks: dict[bytes, int],  # Token -> id, all single bytes included
@@ -390,9 +390,9 @@ def merge_bytes(
                 offer(i, stop[k])
             if i > 0:
                 offer(start[i], k)
-    return tuple(ranks[piece[i:k]] for i, k in enumerate(stop) if k)
+    return tuple([ranks[piece[i:k]] for i, k in enumerate(stop) if k])
 
-# %% ../../nbs/20_tokens.bpe.ipynb #4b806dde
+# %% ../../nbs/20_tokens.bpe.ipynb #577efa77
 class BPETokenizer(Tokenizer):
     "Byte-level byte pair encoding, as GPT-2 and GPT-4 do it."
     kind = "bpe"
@@ -414,6 +414,8 @@ class BPETokenizer(Tokenizer):
 
     def _ids(self, text, names):
         if len(text) >= self.fast_from and (fast := _fast_encoding(self, text)):
+            if not names:
+                return fast.encode_ordinary(text)
             return fast.encode(text, allowed_special=names, disallowed_special=())
         return super()._ids(text, names)
 
@@ -493,16 +495,16 @@ def _settled(text: str, splitter: regex.Pattern, names: Iterable[str]) -> int:
             cut = match.end()
     return cut
 
-# %% ../../nbs/20_tokens.bpe.ipynb #5969ff47
+# %% ../../nbs/20_tokens.bpe.ipynb #3742f9ae
 def encode_stream(
     tokenizer: Tokenizer,                      # Any tokenizer
     chunks: Iterable[str],                     # A text in chunks, such as an open file
     allowed_special: str | Iterable[str] = (), # Special tokens to obey, or "all"
-    window: int = 8192,                        # Characters to gather before encoding
+    window: int = 4096,                        # Characters to gather before encoding
 ) -> Iterator[int]:                            # The ids of the whole text
     "Encode a text of any length; needs memory for a window and for the longest piece."
     names = _allowed_names(tokenizer, allowed_special)
-    memory = lru_cache(1000)(tokenizer.piece_ids)
+    memory = lru_cache(500)(tokenizer.piece_ids)
     text, enough = "", window
     for chunk in _as_texts(chunks):
         for i in range(0, len(chunk), window):
@@ -658,7 +660,7 @@ def merge_steps(
                 i += 1
         steps.append((made, list(chain(*words))))
 
-# %% ../../nbs/20_tokens.bpe.ipynb #d9d9ea0b
+# %% ../../nbs/20_tokens.bpe.ipynb #603a25a6
 class Page(str):
     "HTML text that a notebook shows as a page."
     def _repr_html_(self) -> str:
@@ -674,11 +676,11 @@ def _spell(token: bytes) -> str:
 
 def _boxes(tokens: Iterable[tuple[int, bytes]], title: str) -> Page:
     "Show ids and their tokens as coloured boxes; equal tokens have equal colours."
-    style = "display:inline-block;margin:1px;padding:2px 4px;border-radius:4px;color:#111;" \
-            "text-align:center;font-family:monospace;line-height:1.3;background:hsl(%d,65%%,80%%)"
-    boxes = (f'<span style="{style % (i * 137 % 360)}"><b>{html.escape(_spell(token))}</b>'
-             f'<br/><small>{i}<br/>{token.hex(" ").upper()}</small></span>' for i, token in tokens)
-    return Page(f"<div>{html.escape(title)}</div><div>{''.join(boxes)}</div>")
+    page = "font-family:monospace;line-height:1.3;text-align:center;display:flex;flex-wrap:wrap"
+    box = "margin:1px;padding:2px 4px;border-radius:4px;color:#111;background:hsl(%d,65%%,80%%)"
+    boxes = (f'<div style="{box % (i * 137 % 360)}"><b>{html.escape(_spell(token))}</b><br/>'
+             f'<small>{i}<br/>{token.hex(" ").upper()}</small></div>' for i, token in tokens)
+    return Page(f'<div>{html.escape(title)}</div><div style="{page}">{"".join(boxes)}</div>')
 
 # %% ../../nbs/20_tokens.bpe.ipynb #db1ccd0f
 def show_tokens(
