@@ -1,0 +1,385 @@
+"The commands, called as a person calls them."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llm_course import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "".join(f"The {a} {b} the {c}.\n" for a in ("cat", "dog", "hen", "old king")
+               for b in ("saw", "fed", "lost") for c in ("mouse", "moon", "ball", "house")) * 12
+
+
+def call(*arguments, stdin=None, code=0):
+    "Run a command inside this process; returns what it printed."
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def start(*arguments, **options):
+    "Start a command as a process of its own."
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "llm_course", *map(str, arguments)], env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+# --- The program itself -------------------------------------------------------------------------
+
+def test_help_is_quick_and_imports_no_torch():
+    program = ("import sys; from typer.testing import CliRunner; from llm_course import cli\n"
+               "r = CliRunner().invoke(cli.app, ['--help']); assert r.exit_code == 0, r.output\n"
+               "assert all(c in r.output for c in ['lab', 'doctor', 'build', 'chat', 'eval'])\n"
+               "print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])")
+    begin = time.time()
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result.stderr
+    assert time.time() - begin < 5
+
+
+def test_module_runs_as_a_program():
+    process = start("--version")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.startswith("llm-course "), err
+
+
+def test_every_command_explains_its_parameters():
+    for name in ["lab", "doctor", "build", "chat", "eval"]:
+        output = call(name, "--help")
+        assert "--help" in output and name in output
+
+
+# --- lab ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    "A course of two lessons that can be brought out in new versions."
+    folder = tmp_path / "source"
+    folder.mkdir()
+    monkeypatch.setattr(cli, "lessons_folder", lambda: folder)
+
+    def publish(**lessons):
+        for name, text in lessons.items():
+            cell = {"cell_type": "code", "id": name, "metadata": {}, "source": [text]}
+            solution = {"cell_type": "code", "id": name + "s", "metadata": {}, "source":
+                        ['#| code-summary: "A solution of exercise 1"\n', "answer = 42"]}
+            content = {"cells": [cell, solution], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+            (folder / f"{name}.ipynb").write_text(json.dumps(content), encoding="utf-8")
+        return folder
+    return publish
+
+
+def lab(folder, *options):
+    return call("lab", folder, "--no-start", *options)
+
+
+def files(folder):
+    return {p.name: p.read_text(encoding="utf-8") for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+def test_lab_copies_then_updates_what_was_not_touched(source, tmp_path):
+    source(a="one", b="one")
+    mine = tmp_path / "mine"
+    assert "2 copied" in lab(mine)
+    source(a="two")
+    assert "1 brought up to date" in lab(mine)
+    assert "two" in files(mine)["a.ipynb"] and "one" in files(mine)["b.ipynb"]
+    assert set(files(mine)) == {"a.ipynb", "b.ipynb"}
+
+
+def test_lab_never_overwrites_what_was_changed(source, tmp_path):
+    source(a="one", b="one")
+    mine = tmp_path / "mine"
+    lab(mine)
+    (mine / "a.ipynb").write_text("my work", encoding="utf-8")
+    assert "kept as you changed them: a.ipynb" in lab(mine)
+    assert set(files(mine)) == {"a.ipynb", "b.ipynb"}
+    source(a="two")
+    assert "a.new.ipynb" in lab(mine)
+    source(a="three")
+    assert "a.new2.ipynb" in lab(mine)
+    lab(mine)
+    found = files(mine)
+    assert found["a.ipynb"] == "my work" and set(found) == {"a.ipynb", "a.new.ipynb", "a.new2.ipynb", "b.ipynb"}
+    assert "two" in found["a.new.ipynb"] and "three" in found["a.new2.ipynb"]
+
+
+def test_lab_leaves_strangers_files_and_links_alone(source, tmp_path):
+    source(a="one", b="one")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.ipynb").write_text("was here before", encoding="utf-8")
+    elsewhere = tmp_path / "elsewhere.ipynb"
+    elsewhere.write_text("linked", encoding="utf-8")
+    try:
+        (mine / "b.ipynb").symlink_to(elsewhere)
+    except OSError:
+        pytest.skip("this system lets nobody make links")
+    lab(mine)
+    assert files(mine)["a.ipynb"] == "was here before" and elsewhere.read_text(encoding="utf-8") == "linked"
+    assert {"a.new.ipynb", "b.new.ipynb"} <= set(files(mine))
+
+
+def test_lab_treats_everything_as_changed_when_its_record_is_lost(source, tmp_path):
+    source(a="one")
+    mine = tmp_path / "mine"
+    lab(mine)
+    for damaged in [None, "{", "[]", '{"files": 3}']:
+        if damaged is None:
+            (mine / cli.RECORD).unlink()
+        else:
+            (mine / cli.RECORD).write_text(damaged, encoding="utf-8")
+        source(a=f"after {damaged}")
+        before = files(mine)
+        lab(mine)
+        assert all(files(mine)[name] == text for name, text in before.items())
+
+
+def test_lab_brings_a_deleted_lesson_back(source, tmp_path):
+    source(a="one")
+    mine = tmp_path / "mine"
+    lab(mine)
+    (mine / "a.ipynb").unlink()
+    assert "1 copied" in lab(mine) and "one" in files(mine)["a.ipynb"]
+
+
+def test_lab_without_solutions_and_back(source, tmp_path):
+    source(a="one")
+    mine = tmp_path / "mine"
+    lab(mine, "--no-solutions")
+    assert "answer = 42" not in files(mine)["a.ipynb"] and "one" in files(mine)["a.ipynb"]
+    lab(mine)
+    assert "answer = 42" in files(mine)["a.ipynb"]
+
+
+def test_lab_refuses_the_originals_and_a_file(source, tmp_path):
+    folder = source(a="one")
+    before = files(folder)
+    assert "originals" in call("lab", folder, "--no-start", code=2)
+    assert files(folder) == before
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    assert call("lab", tmp_path / "file", "--no-start", code=2).count("\n") == 1
+
+
+def test_lab_interrupted_while_it_writes_loses_nothing(source, tmp_path, monkeypatch):
+    source(a="one", b="one")
+    mine = tmp_path / "mine"
+    lab(mine)
+    (mine / "b.ipynb").write_text("my work", encoding="utf-8")
+    source(a="two", b="two")
+    real, calls = cli.hand_out, []
+
+    def dies(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(cli, "hand_out", dies)
+    call("lab", mine, "--no-start", code=130)
+    monkeypatch.setattr(cli, "hand_out", real)
+    assert files(mine)["b.ipynb"] == "my work"
+    lab(mine)
+    assert set(files(mine)) == {"a.ipynb", "b.ipynb", "b.new.ipynb"}
+    assert files(mine)["b.ipynb"] == "my work" and "two" in files(mine)["a.ipynb"]
+
+
+# --- doctor -------------------------------------------------------------------------------------
+
+def test_doctor_says_what_to_do(monkeypatch):
+    sick = cli.Finding("stomach", "fail", "ate [a bug]", "call a programmer")
+    monkeypatch.setattr(cli, "EXAMINATIONS", [cli.examine_python, lambda: sick])
+    output = call("doctor", code=1)
+    assert "ate [a bug]" in output and "→ call a programmer" in output and "Python" in output
+
+
+def test_doctor_survives_an_examination_that_breaks(monkeypatch):
+    def examine_luck():
+        raise ZeroDivisionError("no luck at all")
+    monkeypatch.setattr(cli, "EXAMINATIONS", [examine_luck])
+    assert "no luck at all" in call("doctor", code=1)
+
+
+def test_doctor_examines_this_computer(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code in (0, 1), result.exception
+    assert all(word in result.output for word in ["torch", "device", "threads", "network", "disk"])
+
+
+def test_doctor_refuses_an_accelerator_that_lies(monkeypatch):
+    from llm_course import core
+
+    def disagrees(device):
+        raise RuntimeError("it does not compute what the CPU computes")
+    monkeypatch.setattr(core, "parity", disagrees)
+    assert cli.examine_device()[1] == "fail"
+
+
+# --- build --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    "A short text in a folder of its own, which is the working directory."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "rhyme.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "rhyme.txt"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A finished run, made once."
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "rhyme.txt").write_text(TEXT, encoding="utf-8")
+    run = folder / "runs" / "rhyme"
+    output = call("build", "--data", folder / "rhyme.txt", "--out", run, "--depth", 1, "--steps", 40,
+                  "--device", "cpu")
+    return run, output
+
+
+def test_build_makes_everything_that_it_promises(finished):
+    run, output = finished
+    for name in ["config.json", "stages.json", "tokenizer.bpe", "tokens", "checkpoints", "model.safetensors",
+                 "samples.txt", "log.jsonl", "report.html"]:
+        assert (run / name).exists(), name
+    for word in ["tokens", "parameters", "report.html", "llm-course chat"]:
+        assert word in output
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "bits per byte" in page and "rhyme.txt" in page and str(run.parent) not in page.split("chat")[0]
+
+
+def test_build_again_does_nothing(finished):
+    run, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != "lock"}
+    assert "nothing left to do" in call("build", "--out", run, "--steps", 40)
+    after = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != "lock"}
+    assert {p.name for p in before if before[p] != after[p]} <= {"config.json"}
+
+
+def test_build_refuses_other_settings(finished):
+    run, _ = finished
+    output = call("build", "--out", run, "--depth", 3, "--seed", 7, code=2)
+    assert "depth was 1 and is now 3" in output and "seed was 0 and is now 7" in output
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--data", "missing.txt"], "missing.txt"),
+    (["--data", "rhyme.txt", "--depth", 0], "depth"),
+    (["--data", "rhyme.txt", "--minutes", 1, "--steps", 5], "not both"),
+    (["--data", "rhyme.txt", "--tokenizer", "magic"], "magic"),
+    (["--data", "rhyme.txt", "--vocab-size", 3], "257"),
+    (["--data", "rhyme.txt", "--device", "abacus"], "abacus"),
+    (["--data", "empty.txt"], "empty"),
+    (["--data", "tiny.txt"], "short"),
+    (["--data", "latin.txt"], "latin.txt"),
+    (["--data", "table.csv", "--column", "story"], "story"),
+])
+def test_build_says_in_one_line_what_is_wrong(text, arguments, says):
+    (text.parent / "empty.txt").write_text("", encoding="utf-8")
+    (text.parent / "tiny.txt").write_text("Too short.", encoding="utf-8")
+    (text.parent / "latin.txt").write_bytes("très naïf\n".encode("latin-1") * 100)
+    (text.parent / "table.csv").write_text("title,body\na,b\n", encoding="utf-8")
+    output = call("build", *arguments, code=2)
+    assert says in output and "Traceback" not in output
+    assert output.splitlines()[-1].startswith("llm-course: ")
+
+
+def test_build_may_be_tried_again_after_a_mistake(text):
+    (text.parent / "table.csv").write_text("title,body\n" + "a,b c d e\n" * 500, encoding="utf-8")
+    call("build", "--data", "table.csv", code=2)
+    call("build", "--data", "table.csv", "--column", "body", "--depth", 1, "--steps", 3)
+
+
+def wait_for(condition, process, seconds=60):
+    "Wait until something happens or the process ends."
+    end = time.time() + seconds
+    while time.time() < end and not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    assert condition()
+
+
+def steps_logged(run):
+    path = run / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole consoles, not to one process")
+def test_interrupted_build_says_how_to_go_on_and_goes_on(text):
+    run = text.parent / "runs" / "rhyme"
+    options = ["build", "--data", "rhyme.txt", "--depth", 1, "--steps", 400, "--device", "cpu"]
+    process = start(*options, cwd=text.parent)
+    wait_for(lambda: len(steps_logged(run)) > 3, process)
+
+    second = start(*options, cwd=text.parent)
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 2 and f"process {process.pid}" in err
+
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, (out, err)
+    assert "llm-course build --out runs/rhyme" in err and "Traceback" not in err
+    stopped = max(steps_logged(run))
+    assert stopped < 400 and not (run / "model.safetensors").exists() or stopped < 400
+
+    third = start("build", "--out", "runs/rhyme", cwd=text.parent)
+    out, err = third.communicate(timeout=120)
+    assert third.returncode == 0, err
+    assert max(steps_logged(run)) >= 399 and (run / "report.html").exists()
+    assert "tokenizer   " not in out  # the first stages were not done again
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_killed_build_leaves_no_lock_behind(text):
+    run = text.parent / "runs" / "rhyme"
+    options = ["build", "--data", "rhyme.txt", "--depth", 1, "--steps", 60, "--device", "cpu"]
+    process = start(*options, cwd=text.parent)
+    wait_for(lambda: (run / "lock").exists(), process)
+    process.kill()
+    process.communicate()
+    call(*options)
+    assert (run / "report.html").exists()
+
+
+# --- chat and eval ------------------------------------------------------------------------------
+
+def test_chat_continues_each_line_of_standard_input(finished):
+    run, _ = finished
+    lines = "The cat\n/temperature 0\n/tokens 5\nThe hen\n/nonsense\n/temperature hot\n/quit\nnever\n"
+    output = call("chat", run, "--seed", 1, "--tokens", 20, "--device", "cpu", stdin=lines)
+    assert "The cat" in output and "temperature is 0" in output and "never" not in output
+    assert "/reset" in output and "needs a number" in output and "\ufffd" not in output
+    assert output == call("chat", run, "--seed", 1, "--tokens", 20, "--device", "cpu", stdin=lines)
+
+
+def test_chat_takes_any_letters(finished):
+    run, _ = finished
+    assert "猫 é 🙂" in call("chat", run, "--tokens", 3, stdin="猫 é 🙂\n\n")
+
+
+def test_eval_gives_figures_for_people_and_for_programs(finished, tmp_path):
+    run, _ = finished
+    assert "bits per byte" in call("eval", run)
+    figures = json.loads(call("eval", run, "--json"))
+    assert figures["loss"] > 0 and figures["bytes"] > 100
+    other = tmp_path / "greek.txt"
+    other.write_text("μῆνιν ἄειδε θεά\n" * 20, encoding="utf-8")
+    greek = json.loads(call("eval", run, "--data", other, "--json"))
+    assert greek["bits_per_character"] > 1.7 * greek["bits_per_byte"] > figures["bits_per_byte"]
+
+
+def test_chat_and_eval_say_what_is_missing(tmp_path):
+    for name in ["chat", "eval"]:
+        output = call(name, tmp_path / "nowhere", code=2)
+        assert "nowhere" in output and output.count("\n") == 1
