@@ -7,8 +7,8 @@ __all__ = ['PRECISIONS', 'CHECKPOINT', 'BEST', 'prepare', 'summed_loss', 'evalua
            'Progress', 'Trainer', 'make_optimizer', 'budget_used', 'rate_factor', 'train_step', 'finish_gradient',
            'check_finite', 'checksum', 'write_checkpoint', 'read_checkpoint', 'random_state', 'set_random_state',
            'fenced', 'describe', 'plain_model', 'differences', 'save_checkpoint', 'load_checkpoint', 'part_of',
-           'checkpoints', 'save_numbered', 'resume', 'show_row', 'look', 'gentle_interrupt', 'keep_memory', 'train',
-           'begin', 'after_step', 'settle', 'interrupt', 'finish', 'Excess', 'floor_excess']
+           'checkpoints', 'save_numbered', 'resume', 'show_row', 'draw_look', 'look', 'gentle_interrupt', 'keep_memory',
+           'train', 'begin', 'after_step', 'settle', 'interrupt', 'finish', 'Excess', 'floor_excess']
 
 # %% ../../nbs/41_train.loop.ipynb #37049d0b
 import ctypes, json, math, random, signal, sys, threading, time, zlib
@@ -452,7 +452,7 @@ def resume(
         raise ValueError("no checkpoint can be read: " + "; ".join(damaged))
     return None
 
-# %% ../../nbs/41_train.loop.ipynb #17c3af60
+# %% ../../nbs/41_train.loop.ipynb #605934f9
 def show_row(
     trainer: Trainer, # The run, just evaluated
 ) -> None:
@@ -461,7 +461,20 @@ def show_row(
     valid = "" if row["valid"] is None else f"  valid {row['valid']:.3f}"
     print(f"step {row['step']:6}  train {row['train']:.3f}{valid}")
 
-# %% ../../nbs/41_train.loop.ipynb #78b36c74
+def draw_look(
+    trainer: Trainer, # The run, just evaluated
+    curve,            # A `LiveCurve`, or something with its `add`
+    points: int = 5,  # Points of the training curve since the last look
+) -> None:
+    "Add the last look to a curve: training losses in a few averages, and the validation loss."
+    p, size = trainer.progress, -(-len(trainer.recent) // points) or 1
+    for start in range(0, len(trainer.recent), size):
+        some = torch.stack(trainer.recent[start:start + size])
+        curve.add("train", p.step - len(trainer.recent) + start + len(some), some.mean().item())
+    if p.history[-1]["valid"] is not None:
+        curve.add("valid", p.step, p.history[-1]["valid"])
+
+# %% ../../nbs/41_train.loop.ipynb #abeffdec
 def look(
     trainer: Trainer,               # The run
     valid: Iterable[tuple] | None,  # Batches to evaluate on
@@ -477,12 +490,11 @@ def look(
         rate = rate_factor(t.config, budget_used(t))
         p.history.append({"step": p.step, "tokens": p.tokens, "seconds": p.seconds,
                           "train": train, "valid": loss, "rate": rate})
-        t.recent = []
         better = loss is not None and loss < p.best
         p.best, p.waiting = (loss, 0) if better else (p.best, p.waiting + 1)
-        for name, value in (("train", train), ("valid", loss)):
-            if curve is not None and value is not None:
-                curve.add(name, p.step, value)
+        if curve is not None:
+            draw_look(t, curve)
+        t.recent = []
         if watch is not None:
             watch(t)
     return better
