@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'FEW', 'KEEP_BYTES', 'LOOKS', 'PATIENCE', 'JUDGE_BYTES', 'TEMPERATURES', 'STAGES', 'Sizes', 'power_of_two',
-           'dial', 'vocab_size_for', 'Settings', 'check_settings', 'read_json', 'write_json', 'settle', 'try_lock',
-           'locked', 'cut_tail', 'split_texts', 'Reporter', 'Run', 'take_stage', 'real_source', 'keep', 'run_texts',
-           'learn_tokenizer', 'make_tokenizer', 'counted', 'n_targets', 'make_tokens', 'stored_texts', 'minutes',
-           'document_lengths', 'fit_context', 'dropout_for', 'batches_for', 'new_model', 'train_config',
-           'tokens_per_second', 'choose_budget', 'describe_plan', 'make_plan', 'Watched', 'tell_progress', 'read_log',
+           'dial', 'vocab_size_for', 'Settings', 'check_settings', 'read_json', 'write_json', 'fill_in', 'settle',
+           'try_lock', 'locked', 'cut_tail', 'split_texts', 'Reporter', 'Run', 'take_stage', 'real_source', 'keep',
+           'run_texts', 'learn_tokenizer', 'make_tokenizer', 'counted', 'n_targets', 'make_tokens', 'stored_texts',
+           'minutes', 'document_lengths', 'fit_context', 'dropout_for', 'batches_for', 'new_model', 'train_config',
+           'try_out', 'choose_budget', 'describe_plan', 'make_plan', 'Watched', 'tell_progress', 'read_log',
            'valid_batches', 'note_look', 'best_weights', 'make_model', 'Loaded', 'load_run', 'prompt_ids',
            'continue_text', 'score_texts', 'score_world', 'write_stories', 'judge_run', 'judge', 'first_line',
            'write_samples', 'mark_impossible', 'surprises', 'lead_sentence', 'figure_cards', 'versions', 'make_card',
-           'make_report', 'build']
+           'make_report', 'build', 'export_assets']
 
 # %% ../../nbs/94_ship.build.ipynb #fd11fa97
 import json, math, os, platform, sys, time, warnings
@@ -67,12 +67,15 @@ def dial(
     batch_size = max(4, power_of_two(32 * depth**3) // context)
     return Sizes(depth, n_heads * d_head, n_heads, context, batch_size)
 
-# %% ../../nbs/94_ship.build.ipynb #fdc372e5
+# %% ../../nbs/94_ship.build.ipynb #fa1ed0e9
 def vocab_size_for(
-    n_bytes: int, # Length of the training text
-) -> int:         # From 384 to 32,768
-    "A vocabulary that a text of this length can teach."
-    return min(32_768, max(384, power_of_two(math.sqrt(max(n_bytes, 1)))))
+    n_bytes: int,   # Length of the training text
+    depth: int = 4, # The dial
+) -> int:           # From 384 to 32,768
+    "A vocabulary that the text can teach and the model can afford."
+    text = power_of_two(math.sqrt(max(n_bytes, 4)) / 2)
+    model = 2 ** int(math.log2(2 * depth * dial(depth).d_model))
+    return min(32_768, max(384, min(text, model)))
 
 # %% ../../nbs/94_ship.build.ipynb #917bd9c9
 @dataclass
@@ -128,7 +131,19 @@ def write_json(
     with atomic_write(path, "w") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
 
-# %% ../../nbs/94_ship.build.ipynb #17e1edc7
+# %% ../../nbs/94_ship.build.ipynb #3dbd2cf1
+def fill_in(
+    given: Settings, # What was chosen
+) -> Settings:       # With a decision where there was none
+    "Decide what was left open; for the story world, also how many stories are told."
+    default = asdict(DEFAULTS)
+    s = Settings(**{k: default[k] if v is None else v for k, v in asdict(given).items()})
+    if s.data == "world" and s.limit is None:
+        wanted = 16 * s.steps if s.steps else 12_000 * (s.minutes or 5)
+        s.limit = int(min(200_000, max(2000, wanted)))
+    return s
+
+# %% ../../nbs/94_ship.build.ipynb #a146da16
 def settle(
     folder: Path,   # The run's folder
     given: Settings,# What was chosen this time
@@ -139,8 +154,7 @@ def settle(
         given = replace(given, data=str(Path(given.data).expanduser().resolve()))
     before = read_json(folder / "config.json").get("settings")
     if before is None or not read_json(folder / "stages.json"):  # nothing was done yet
-        default = asdict(DEFAULTS)
-        return Settings(**{k: default[k] if v is None else v for k, v in asdict(given).items()})
+        return fill_in(given)
     wrong = [f"{k} was {before.get(k)!r} and is now {v!r}" for k, v in asdict(given).items()
              if v is not None and before.get(k) != v]
     if wrong:
@@ -296,7 +310,7 @@ def run_texts(
     kept, complete = run.texts
     return kept if complete else read()
 
-# %% ../../nbs/94_ship.build.ipynb #5defa919
+# %% ../../nbs/94_ship.build.ipynb #164b804c
 def learn_tokenizer(
     texts: list[str],         # To learn from
     held: list[str],          # Not to learn from; but a character tokenizer must spell them, too
@@ -308,7 +322,8 @@ def learn_tokenizer(
         return CharTokenizer.train(texts + held)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a short text gives fewer tokens than asked: we say so
-        return BPETokenizer.train(texts, settings.vocab_size or vocab_size_for(n_bytes))
+        vocab_size = settings.vocab_size or vocab_size_for(n_bytes, settings.depth)
+        return BPETokenizer.train(texts, vocab_size)
 
 # %% ../../nbs/94_ship.build.ipynb #7113206e
 def make_tokenizer(
@@ -386,15 +401,15 @@ def document_lengths(
     "How long the documents are, in tokens."
     return np.concatenate([np.diff(boundaries(a, shards.end_id)) for a in shards.arrays])
 
-# %% ../../nbs/94_ship.build.ipynb #7cbacc07
+# %% ../../nbs/94_ship.build.ipynb #32c7eeba
 def fit_context(
     lengths: np.ndarray, # From `document_lengths`
     context: int,        # What the dial says
 ) -> tuple[int, bool]:   # Context length, and whether documents are taken whole
     "A context that suits the text. Raises `ValueError` for a text that is too short."
-    long = int(np.quantile(lengths, 0.99))
-    if len(lengths) >= FEW // 2 and long <= 4 * context:
-        return max(16, 2 ** math.ceil(math.log2(long))), True
+    if len(lengths) >= FEW // 2 and np.quantile(lengths, 0.9) <= 4 * context:
+        longest = math.ceil(lengths.max() / 32) * 32
+        return min(longest, 4 * context), True  # what is longer still is cut
     enough = int(lengths.sum()) // 4
     if enough < 16:
         raise ValueError(f"the text is too short: {lengths.sum()} tokens to train on, at least 64 "
@@ -434,13 +449,13 @@ def train_config(
     rate = 0.01 * (128 / plan["d_model"]) ** 0.5
     return TrainConfig(plan["steps"], plan["minutes"], lr=rate)
 
-# %% ../../nbs/94_ship.build.ipynb #c1ba54de
-def tokens_per_second(
+# %% ../../nbs/94_ship.build.ipynb #31a96a07
+def try_out(
     plan: dict,            # From `make_plan`
     shards: Shards,        # To train on
     device: torch.device,  # Where to train
     seconds: float = 1.5,  # How long to measure
-) -> float:                # What training will reach, about
+) -> dict:                 # Tokens per second, and tokens in a batch, about
     "Train a copy of the model for a moment and look at the clock."
     config = replace(train_config(plan), steps=1_000_000, minutes=None)
     trainer = Trainer(new_model(plan, 0, device).train(), batches_for(shards, plan), config)
@@ -450,7 +465,8 @@ def tokens_per_second(
         train_step(trainer).item()
         times.append(time.perf_counter() - start)
         tokens.append(trainer.progress.tokens - before)
-    return sum(tokens[1:]) / sum(times[1:])  # the first step includes the start-up
+    speed = sum(tokens[1:]) / sum(times[1:])  # the first step includes the start-up
+    return {"speed": speed, "batch_tokens": sum(tokens) // len(tokens)}
 
 # %% ../../nbs/94_ship.build.ipynb #90b9b996
 def choose_budget(
@@ -474,7 +490,7 @@ def describe_plan(
             f"training    {short(p['tokens'])} tokens, the text {p['passes']:.1f} times, "
             f"about {needed} on {p['device']}"]
 
-# %% ../../nbs/94_ship.build.ipynb #654cbdcd
+# %% ../../nbs/94_ship.build.ipynb #86139976
 def make_plan(
     run: Run, # The run
 ) -> dict:    # Its figures
@@ -482,14 +498,14 @@ def make_plan(
     s, device = run.settings, pick_device(run.settings.device)
     shards, size = Shards(run.folder / "tokens" / "train"), dial(s.depth)
     context, documents = fit_context(document_lengths(shards), size.context_length)
-    batch_size = max(4, size.batch_size * size.context_length // context)
+    more = 1 if documents else size.context_length // context  # a short window, more of them
     plan = {"documents": documents, "vocab_size": shards.vocab_size, "context_length": context,
-            "batch_size": batch_size, "batch_tokens": batch_size * context, "dropout": 0.0,
-            "d_model": size.d_model, "n_layers": size.depth, "n_heads": size.n_heads,
-            "steps": 1, "minutes": None, "device": device.type}
+            "batch_size": size.batch_size * more, "dropout": 0.0, "d_model": size.d_model,
+            "n_layers": size.depth, "n_heads": size.n_heads, "steps": 1, "minutes": None,
+            "device": device.type}
     model = new_model(plan, 0, device)
     plan["parameters"] = count_params(model)
-    plan["speed"] = tokens_per_second(plan, shards, device)
+    plan |= try_out(plan, shards, device)
     plan |= choose_budget(plan, s)
     plan["passes"] = plan["tokens"] / n_targets(shards)
     plan["dropout"] = dropout_for(plan["passes"])
@@ -890,3 +906,15 @@ def build(
         finally:
             reporter.close()
     return run.facts
+
+# %% ../../nbs/94_ship.build.ipynb #d62a4adc
+def export_assets(
+    run: str | Path,    # A finished run
+    folder: str | Path, # Where the package keeps its files
+) -> list[Path]:        # The weights and the tokenizer
+    "Copy a run's model, in bfloat16, and its tokenizer under the names that ship."
+    loaded, folder = load_run(run, "cpu"), Path(folder)
+    paths = [folder / "story.safetensors", folder / "story.bpe"]
+    save_model(loaded.model, paths[0], torch.bfloat16)
+    loaded.tokenizer.save(paths[1])
+    return paths
