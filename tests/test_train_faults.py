@@ -260,6 +260,29 @@ def test_numbers_that_are_none_reach_no_checkpoint(tmp_path):
         assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_every_precision_trains_and_resumes(tmp_path, precision):
+    finals = []
+    for folder, stops in ((tmp_path / "a", [None]), (tmp_path / "b", [3, None])):
+        for stop in stops:
+
+            def watch(trainer, stop=stop):
+                if trainer.progress.step == stop:
+                    raise InterruptedError
+
+            torch.manual_seed(0)
+            model, batches = make_run()
+            config = TrainConfig(steps=20, precision=precision)
+            try:
+                progress = train(model, batches, config, None, folder, 1, keep=1, watch=watch)
+            except InterruptedError:
+                assert stop == 3
+        finals.append([row["train"] for row in progress.history])
+        assert len(checkpoints(folder)) == 1
+    assert finals[0] == finals[1]
+    assert finals[0][-1] < 0.8 * finals[0][0]
+
+
 def test_watching_changes_nothing(tmp_path):
     def busy(trainer):
         torch.rand(1000)

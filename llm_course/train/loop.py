@@ -530,7 +530,7 @@ def keep_memory() -> None:
         except (AttributeError, OSError):
             pass  # another C library
 
-# %% ../../nbs/41_train.loop.ipynb #9ecd2f16
+# %% ../../nbs/41_train.loop.ipynb #8ef247ce
 def train(
     model: nn.Module,                  # tokens (B, T) -> logits (B, T, V); trained in place
     batches: Iterator,                 # Tokens, targets and a mask or None, without end
@@ -539,12 +539,12 @@ def train(
     folder: str | Path | None = None,  # Where to save; a run found there is continued
     eval_every: int = 100,             # Steps from one look and checkpoint to the next
     patience: int | None = None,       # Stop after so many looks without improvement
+    keep: int = 2,                     # Checkpoints to keep, besides the best
     watch: Callable | None = show_row, # Called with the `Trainer` at each look
     curve = None,                      # A `LiveCurve`
 ) -> Progress:                         # What happened
     "Train a model, or go on training it. Ctrl-C saves, then raises `KeyboardInterrupt`."
-    t = Trainer(model, batches, config)
-    begin(t, folder, valid, patience)
+    t = begin(Trainer(model, batches, config), folder, valid, patience)
     with gentle_interrupt() as interrupted:
         while not t.progress.stopped:
             train_step(t)
@@ -552,12 +552,12 @@ def train(
             if due:
                 settle(t, look(t, valid, watch, curve), folder, patience)
             if folder and (due or interrupted):
-                save_numbered(t, folder)
+                save_numbered(t, folder, keep)
             if interrupted:
                 interrupt(t, folder)
     return finish(t, curve)
 
-# %% ../../nbs/41_train.loop.ipynb #a66b4dac
+# %% ../../nbs/41_train.loop.ipynb #9da07b3e
 BEST = "best.safetensors"
 
 def begin(
@@ -565,7 +565,7 @@ def begin(
     folder: str | Path | None, # Where it saves
     valid: Iterable | None,    # Batches to evaluate on
     patience: int | None,      # For early stopping
-) -> None:
+) -> Trainer:                  # The run, ready for its next step
     "Check the arguments, continue a saved run, and start the clock."
     t = trainer
     if patience and valid is None:
@@ -578,6 +578,7 @@ def begin(
         t.best_weights = part_of(read_checkpoint(Path(folder) / BEST)[0], "model")
     t.model.train()
     t.started = time.perf_counter() - t.progress.seconds
+    return t
 
 # %% ../../nbs/41_train.loop.ipynb #6d0202fc
 def after_step(
