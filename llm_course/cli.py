@@ -460,15 +460,15 @@ def doctor() -> None:
     console.print(f"{failed} of these must be mended first." if failed else "All is well.")
     raise typer.Exit(1 if failed else 0)
 
-# %% ../nbs/95_cli.ipynb #a17ce5bd
+# %% ../nbs/95_cli.ipynb #f1ee3597
 class Bar:
     "A `Reporter` with a progress bar and the time that is left."
     def __init__(self):
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-        self.console = Console(highlight=False)
+        self.console = Console(file=sys.stdout, highlight=False)
         self.bar = Progress(BarColumn(), TaskProgressColumn(),
                             TextColumn("{task.description}", markup=False),
-                            console=self.console, transient=True)
+                            console=self.console, transient=True, redirect_stdout=False)
         self.task = None
 
     def say(self, text: str) -> None:

@@ -14,9 +14,9 @@ __all__ = ['DEFAULTS', 'FEW', 'KEEP_BYTES', 'LOOKS', 'PATIENCE', 'JUDGE_BYTES', 
            'write_samples', 'mark_impossible', 'surprises', 'lead_sentence', 'figure_cards', 'versions', 'make_card',
            'make_report', 'build', 'export_assets']
 
-# %% ../../nbs/94_ship.build.ipynb #fd11fa97
-import json, math, os, platform, sys, time, warnings
-from contextlib import contextmanager
+# %% ../../nbs/94_ship.build.ipynb #ae2bb50f
+import io, json, math, os, platform, sys, time, warnings, zlib
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -53,7 +53,7 @@ def power_of_two(
     "Round to a power of two."
     return 2 ** round(math.log2(x))
 
-# %% ../../nbs/94_ship.build.ipynb #658d177a
+# %% ../../nbs/94_ship.build.ipynb #3340bac5
 def dial(
     depth: int, # Number of layers, from 1 to 48
 ) -> Sizes:     # All other sizes
@@ -61,7 +61,7 @@ def dial(
     if not 1 <= depth <= 48:
         raise ValueError(f"depth is {depth}; expected 1 to 48 layers")
     width = depth * min(64, 16 + 4 * depth)
-    d_head = 32 if width < 384 else 64
+    d_head = 32 if depth < 4 else 64
     n_heads = max(2, round(width / d_head))
     context = min(1024, max(64, power_of_two(32 * depth)))
     batch_size = max(4, power_of_two(32 * depth**3) // context)
@@ -227,18 +227,18 @@ def split_texts(
         yield head, False
         yield tail, True
 
-# %% ../../nbs/94_ship.build.ipynb #1f67f0c9
+# %% ../../nbs/94_ship.build.ipynb #9d9c8f09
 class Reporter:
     "Says how a run is going, in plain lines."
     def __init__(
         self,
         seconds: float = 10.0, # Shortest time between two lines of progress
     ):
-        self.seconds, self.last = seconds, 0.0
+        self.seconds, self.last, self.file = seconds, 0.0, sys.stdout
 
     def say(self, text: str) -> None:
         "A line that matters."
-        print(text, flush=True)
+        print(text, file=self.file, flush=True)
 
     def progress(self, done: float, total: float, text: str) -> None:
         "A line about how far a long stage is; most of them are not printed."
@@ -386,13 +386,13 @@ def stored_texts(
             if last - first > 1:
                 yield tokenizer.decode(array[first + 1:last])
 
-# %% ../../nbs/94_ship.build.ipynb #4ba6882d
+# %% ../../nbs/94_ship.build.ipynb #fdc4367c
 def minutes(
     seconds: float, # A duration
 ) -> str:           # In words
     "A duration for people."
     if seconds < 90:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.1f} seconds" if seconds < 9.95 else f"{seconds:.0f} seconds"
     return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 def document_lengths(
@@ -603,7 +603,7 @@ def best_weights(
         model.load_state_dict(part_of(read_checkpoint(folder / BEST)[0], "model"))
     return model.eval()
 
-# %% ../../nbs/94_ship.build.ipynb #9ae040f9
+# %% ../../nbs/94_ship.build.ipynb #4e8b287e
 def make_model(
     run: Run, # The run
 ) -> dict:    # Its figures
@@ -613,8 +613,10 @@ def make_model(
     batches = batches_for(Shards(tokens / "train"), plan, run.settings.seed)
     seen = Watched(batches, plan, run.reporter)
     looks = max(10, int(plan["tokens"] / plan["batch_tokens"] / LOOKS))
-    progress = train(model, seen, train_config(plan), valid_batches(Shards(tokens / "valid"), plan),
-                     folder, looks, patience=PATIENCE, watch=lambda t: note_look(t, run, seen))
+    valid = valid_batches(Shards(tokens / "valid"), plan)
+    with redirect_stdout(io.StringIO()):  # what it says of an interruption is for programmers
+        progress = train(model, seen, train_config(plan), valid, folder, looks, patience=PATIENCE,
+                         watch=lambda t: note_look(t, run, seen))
     run.reporter.close()
     save_model(best_weights(model, folder), run.folder / "model.safetensors")
     run.reporter.say(f"trained     {progress.step} steps in {minutes(progress.seconds)}, "
@@ -724,7 +726,7 @@ def write_stories(
                          temperature=temperature, generator=g)
     return [loaded.tokenizer.decode(row) for row in ids]
 
-# %% ../../nbs/94_ship.build.ipynb #2c80e724
+# %% ../../nbs/94_ship.build.ipynb #493c825d
 JUDGE_BYTES = 2_000_000  # of held-out text, at most
 
 def judge_run(
@@ -736,7 +738,9 @@ def judge_run(
     texts = [text for text, _ in keep(((text, True) for text in stored), JUDGE_BYTES)[0]]
     if loaded.data == "world":
         return score_world(loaded, texts[:400]), texts[0]
-    return score_texts(loaded, texts), texts[0]
+    whole = "".join(texts).encode("utf-8", "replace")
+    packed = {"zip_bits_per_byte": 8 * len(zlib.compress(whole, 9)) / len(whole)}
+    return {**score_texts(loaded, texts), **packed}, texts[0]
 
 # %% ../../nbs/94_ship.build.ipynb #c93aa491
 def judge(
@@ -808,7 +812,7 @@ def surprises(
             waiting, total = b"", 0.0
     return pieces
 
-# %% ../../nbs/94_ship.build.ipynb #b8345f21
+# %% ../../nbs/94_ship.build.ipynb #ce5b2d6a
 def lead_sentence(
     figures: dict, # From `judge_run`
     facts: dict,   # Figures of all stages
@@ -817,8 +821,9 @@ def lead_sentence(
     model = facts["model"]
     begin = f"It read {short(model['tokens'])} tokens in {minutes(model['training'])}"
     if "excess" not in figures:
-        share = figures["bits_per_byte"] / 8
-        return f"{begin}, and its odds would pack text it never saw to {share:.0%} of its size."
+        share, zipped = figures["bits_per_byte"] / 8, figures["zip_bits_per_byte"] / 8
+        return (f"{begin}. Its odds would pack text that it never saw to {share:.0%} of its size; "
+                f"zip needs {zipped:.0%}.")
     return (f"{begin}. Its loss is {figures['excess']:.3f} nats per token above the best that is "
             f"possible, and {figures['possible']:.0%} of the stories it writes could have been "
             "told in its world.")
@@ -847,7 +852,7 @@ def versions() -> dict[str, str]: # Name -> version
     return {"llm-course": llm_course.__version__, "torch": torch.__version__,
             "Python": platform.python_version(), "system": system}
 
-# %% ../../nbs/94_ship.build.ipynb #7c21f2c0
+# %% ../../nbs/94_ship.build.ipynb #f28448c2
 def make_card(
     run: Run,              # The run
     loaded: Loaded,        # Its model
@@ -859,6 +864,7 @@ def make_card(
     log, names = read_log(run.folder), {"training": "train", "validation": "valid"}
     curves = {name: [(row["tokens"], row[key]) for row in log] for name, key in names.items()}
     chosen = {k: v for k, v in asdict(run.settings).items() if v is not None}
+    chosen.pop("column")
     chosen["data"] = Path(run.settings.data).name  # a report may be shown; where you keep it, not
     took = {name: minutes(facts["seconds"]) for name, facts in run.facts.items()}
     return Report(
