@@ -54,7 +54,8 @@ def configs(draw):
     groups, share, half = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     heads = groups * share
     return GPTConfig(
-        draw(st.integers(1, 60)), draw(st.integers(1, 20)), 2 * half * heads, draw(st.integers(1, 3)),
+        draw(st.integers(1, 60)), draw(st.integers(1, 20)), 2 * half * heads,
+        draw(st.integers(1, 3)),
         heads, groups, draw(st.sampled_from([None, 1, 10])), draw(styles),
         draw(st.sampled_from([None, 1, 5])), draw(st.sampled_from([0.0, 0.1])))
 
