@@ -128,7 +128,7 @@ def write_shards(
     folder: str | Path,          # The folder to make
     shard_tokens: int = 1 << 23, # Tokens in a file, about
     overwrite: bool = False,     # Replace shards that are there already?
-) -> "Shards":                   # The folder, opened
+):                               # The `Shards` in the folder
     "Encode documents into a folder of token files: the whole folder, or nothing."
     with _whole_folder(folder, overwrite) as new:
         writer = _ShardWriter(new, tokenizer, shard_tokens)
