@@ -27,7 +27,7 @@ from llm_course.tokens.bpe import BPETokenizer
 from llm_course.train.loop import TrainConfig, floor_excess, train
 from llm_course.world import World
 
-VOCAB_SIZE, CONTEXT, BATCH = 2048, 224, 16
+VOCAB_SIZE, CONTEXT, BATCH = 2560, 224, 16
 
 
 def neighbours(stories: list, seed: int) -> list:
