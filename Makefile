@@ -12,6 +12,9 @@ BIN     := .venv/bin
 READY   := .venv/.ready
 ROOT    := $(if $(filter 0,$(shell id -u)),--allow-root)
 
+# Threads that wait should sleep: spinning ones make a busy laptop many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 lab: $(READY)
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(LESSONS)" --LabApp.default_url=/lab/tree/index.ipynb $(ROOT) $(ARGS)
 
