@@ -296,8 +296,34 @@ def test_build_says_in_one_line_what_is_wrong(text, arguments, says):
 
 def test_build_may_be_tried_again_after_a_mistake(text):
     (text.parent / "table.csv").write_text("title,body\n" + "a,b c d e\n" * 500, encoding="utf-8")
-    call("build", "--data", "table.csv", code=2)
+    call("build", "--data", "table.csv", "--steps", 1, code=2)
     call("build", "--data", "table.csv", "--column", "body", "--depth", 1, "--steps", 3)
+
+
+def test_build_leaves_a_folder_of_something_else_alone(text):
+    mine = text.parent / "project"
+    mine.mkdir()
+    (mine / "config.json").write_text('{"mine": true}', encoding="utf-8")
+    assert "other files" in call("build", "--data", "rhyme.txt", "--out", "project", "--steps", 1, code=2)
+    assert files(mine) == {"config.json": '{"mine": true}'}
+
+
+def test_build_notices_that_the_text_changed_but_not_that_it_is_gone(text):
+    options = ["build", "--data", "rhyme.txt", "--depth", 1, "--steps", 3, "--out", "run"]
+    call(*options)
+    text.write_text(TEXT.replace("cat", "pig"), encoding="utf-8")
+    assert "has changed" in call(*options, code=2)
+    text.unlink()
+    assert "nothing left to do" in call(*options)
+
+
+def test_build_in_the_story_world_gives_its_two_grades(text):
+    call("build", "--data", "world", "--depth", 1, "--steps", 5, "--limit", 300, "--vocab-size", 400,
+         "--out", "run")
+    page = (text.parent / "run" / "report.html").read_text(encoding="utf-8")
+    assert "excess over the floor" in page and "possible stories" in page and "the best that any" in page
+    figures = json.loads(call("eval", "run", "--json"))
+    assert figures["excess"] > 0 and figures["possible"] == 0
 
 
 def wait_for(condition, process, seconds=60):

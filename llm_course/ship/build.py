@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'FEW', 'KEEP_BYTES', 'LOOKS', 'PATIENCE', 'JUDGE_BYTES', 'TEMPERATURES', 'STAGES', 'Sizes', 'power_of_two',
-           'dial', 'vocab_size_for', 'Settings', 'check_settings', 'read_json', 'write_json', 'fill_in', 'settle',
-           'try_lock', 'locked', 'cut_tail', 'split_texts', 'Reporter', 'Run', 'take_stage', 'real_source', 'keep',
-           'run_texts', 'learn_tokenizer', 'make_tokenizer', 'counted', 'n_targets', 'make_tokens', 'stored_texts',
-           'minutes', 'document_lengths', 'fit_context', 'dropout_for', 'batches_for', 'new_model', 'train_config',
-           'try_out', 'choose_budget', 'describe_plan', 'make_plan', 'Watched', 'tell_progress', 'read_log',
-           'valid_batches', 'note_look', 'best_weights', 'make_model', 'Loaded', 'load_run', 'prompt_ids',
-           'continue_text', 'score_texts', 'score_world', 'write_stories', 'judge_run', 'judge', 'first_line',
-           'write_samples', 'mark_impossible', 'surprises', 'lead_sentence', 'figure_cards', 'versions', 'make_card',
-           'make_report', 'build', 'export_assets']
+           'dial', 'vocab_size_for', 'Settings', 'check_settings', 'read_json', 'write_json', 'fill_in', 'full_path',
+           'settle', 'try_lock', 'locked', 'cut_tail', 'split_texts', 'Reporter', 'Run', 'take_stage', 'real_source',
+           'fingerprint', 'check_unchanged', 'keep', 'run_texts', 'learn_tokenizer', 'make_tokenizer', 'counted',
+           'n_targets', 'make_tokens', 'stored_texts', 'minutes', 'document_lengths', 'fit_context', 'dropout_for',
+           'batches_for', 'new_model', 'train_config', 'try_out', 'choose_budget', 'describe_plan', 'make_plan',
+           'Watched', 'tell_progress', 'read_log', 'valid_batches', 'note_look', 'best_weights', 'make_model', 'Loaded',
+           'load_run', 'prompt_ids', 'continue_text', 'score_texts', 'score_world', 'write_stories', 'judge_run',
+           'judge', 'first_line', 'write_samples', 'mark_impossible', 'surprises', 'lead_sentence', 'figure_cards',
+           'versions', 'make_card', 'make_report', 'build', 'export_assets']
 
-# %% ../../nbs/94_ship.build.ipynb #ae2bb50f
+# %% ../../nbs/94_ship.build.ipynb #ba2cea78
 import io, json, math, os, platform, sys, time, warnings, zlib
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -131,32 +132,42 @@ def write_json(
     with atomic_write(path, "w") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
 
-# %% ../../nbs/94_ship.build.ipynb #3dbd2cf1
+# %% ../../nbs/94_ship.build.ipynb #1f55bc6f
 def fill_in(
     given: Settings, # What was chosen
 ) -> Settings:       # With a decision where there was none
-    "Decide what was left open; for the story world, also how many stories are told."
+    "Decide what was left open; for the story world, also its vocabulary and how many stories."
     default = asdict(DEFAULTS)
     s = Settings(**{k: default[k] if v is None else v for k, v in asdict(given).items()})
-    if s.data == "world" and s.limit is None:
+    if s.data == "world":
         wanted = 16 * s.steps if s.steps else 12_000 * (s.minutes or 5)
-        s.limit = int(min(200_000, max(2000, wanted)))
+        s.limit = s.limit or int(min(200_000, max(2000, wanted)))
+        s.vocab_size = s.vocab_size or 2560  # so that each word of the world is one token
     return s
 
-# %% ../../nbs/94_ship.build.ipynb #a146da16
+# %% ../../nbs/94_ship.build.ipynb #b977869b
+def full_path(
+    data: str, # A file, a folder, or a name
+) -> str:      # A path from the root, or the name
+    "What is meant by `data`, wherever the program was started."
+    path = Path(data).expanduser()
+    return str(path.resolve()) if path.exists() else data
+
 def settle(
     folder: Path,   # The run's folder
     given: Settings,# What was chosen this time
 ) -> Settings:      # What holds for the run
     "Merge what is given with what the folder says. Raises `ValueError` where they differ."
     check_settings(given)
-    if given.data and Path(given.data).expanduser().exists():
-        given = replace(given, data=str(Path(given.data).expanduser().resolve()))
+    given = replace(given, data=given.data and full_path(given.data))
     before = read_json(folder / "config.json").get("settings")
+    if before is None and folder.is_dir() and {p.name for p in folder.iterdir()} - {"lock"}:
+        raise ValueError(f"{folder} holds other files; choose a new folder with --out")
     if before is None or not read_json(folder / "stages.json"):  # nothing was done yet
         return fill_in(given)
+    same = lambda k, v: before.get(k) in (v, str(Path(str(v)).resolve()))
     wrong = [f"{k} was {before.get(k)!r} and is now {v!r}" for k, v in asdict(given).items()
-             if v is not None and before.get(k) != v]
+             if v is not None and not same(k, v)]
     if wrong:
         raise ValueError(f"{folder} holds a run with other settings: {', '.join(wrong)}. Continue "
                          "it with the same ones, or choose another folder with --out")
@@ -283,6 +294,32 @@ def real_source(
     read_texts(data)  # complains, unless it is a dataset's name; offline, says what is used
     return data if is_online() else "world"
 
+# %% ../../nbs/94_ship.build.ipynb #b8ca1ab5
+def fingerprint(
+    data: str, # A file, a folder, or a name
+) -> str:      # Changes when the data does; empty for a name
+    "Sizes of the files, and a hash of how each begins and ends."
+    path, total = Path(data).expanduser(), sha256()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in (f for f in files if f.is_file()):
+        with open(file, "rb") as f:
+            total.update(f.read(1 << 16))
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - (1 << 16)))
+            total.update(f.read() + f"{file.name} {size}".encode())
+    return total.hexdigest() if path.exists() else ""
+
+def check_unchanged(
+    folder: Path, # The run's folder
+    data: str,    # A file, a folder, or a name
+    facts: dict,  # Stage -> its figures
+) -> None:
+    "Raise `ValueError` if the data are not what the run began with; gone is no change."
+    now, before = fingerprint(data), facts.get("tokenizer", {}).get("fingerprint")
+    if now and before and now != before:
+        raise ValueError(f"{Path(data).name} has changed since {folder} was begun. Choose another "
+                         f"folder with --out, or remove {folder}")
+
 # %% ../../nbs/94_ship.build.ipynb #4e5b9514
 KEEP_BYTES = 64_000_000  # of text in memory, and for the tokenizer to learn from
 
@@ -325,7 +362,7 @@ def learn_tokenizer(
         vocab_size = settings.vocab_size or vocab_size_for(n_bytes, settings.depth)
         return BPETokenizer.train(texts, vocab_size)
 
-# %% ../../nbs/94_ship.build.ipynb #7113206e
+# %% ../../nbs/94_ship.build.ipynb #12643d1d
 def make_tokenizer(
     run: Run, # The run
 ) -> dict:    # Its figures
@@ -336,7 +373,8 @@ def make_tokenizer(
     tokenizer = learn_tokenizer(texts, held, run.settings, n_bytes)
     tokenizer.save(run.folder / "tokenizer.bpe")
     run.reporter.say(f"tokenizer   {tokenizer.vocab_size} tokens, from {short(n_bytes)}B of text")
-    return {"source": run.source, "vocab_size": tokenizer.vocab_size, "bytes": n_bytes}
+    return {"source": run.source, "fingerprint": fingerprint(run.settings.data),
+            "vocab_size": tokenizer.vocab_size, "bytes": n_bytes}
 
 # %% ../../nbs/94_ship.build.ipynb #07cfde7d
 def counted(
@@ -699,11 +737,11 @@ def score_texts(
             "bits_per_character": bits_per_byte(loss, tokens, counts["characters"]),
             "tokens": tokens, **counts}
 
-# %% ../../nbs/94_ship.build.ipynb #31457b72
+# %% ../../nbs/94_ship.build.ipynb #e3bb2e79
 def score_world(
     loaded: Loaded,       # The model
     stories: list[str],   # Stories that it never saw
-    n_written: int = 200, # How many it writes itself
+    n_written: int = 50,  # How many it writes itself
 ) -> dict:                # Figures
     "What only the story world can tell: excess over the floor, share of possible stories."
     world, figures = World(seed=0), score_texts(loaded, stories)
@@ -828,7 +866,7 @@ def lead_sentence(
             f"possible, and {figures['possible']:.0%} of the stories it writes could have been "
             "told in its world.")
 
-# %% ../../nbs/94_ship.build.ipynb #878aeb9a
+# %% ../../nbs/94_ship.build.ipynb #7432cc16
 def figure_cards(
     figures: dict, # From `judge_run`
     facts: dict,   # Figures of all stages
@@ -837,7 +875,7 @@ def figure_cards(
     plan = facts["plan"]
     world = [] if "excess" not in figures else [
         (f"{figures['excess']:+.3f}", "excess over the floor", "nats per token; 0 is perfect"),
-        (f"{figures['possible']:.0%}", "possible stories", "of 200 that it wrote")]
+        (f"{figures['possible']:.0%}", "possible stories", "of 50 that it wrote")]
     return world + [
         (f"{figures['bits_per_byte']:.2f}", "bits per byte", "8 for a model that knows nothing"),
         (f"{figures['loss']:.3f}", "loss", "nats per token it never saw"),
@@ -888,7 +926,7 @@ def make_report(
         f.write("\n\n".join(f"--- {s.heading}\n{s.prompt}{s.text}" for s in samples) + "\n")
     return figures
 
-# %% ../../nbs/94_ship.build.ipynb #7a1736a6
+# %% ../../nbs/94_ship.build.ipynb #565a538a
 STAGES = {"tokenizer": make_tokenizer, "tokens": make_tokens, "plan": make_plan,
           "model": make_model, "report": make_report}
 
@@ -900,6 +938,7 @@ def build(
     "From text to a model and its report card; called again, it goes on where it stopped."
     folder, reporter = Path(folder).expanduser(), reporter or Reporter()
     settings, facts = settle(folder, settings), read_json(folder / "stages.json")
+    check_unchanged(folder, settings.data, facts)
     source = facts["tokenizer"]["source"] if facts else real_source(settings.data)
     with locked(folder):
         write_json(folder / "config.json", {"settings": asdict(settings)})
