@@ -409,3 +409,38 @@ def test_chat_and_eval_say_what_is_missing(tmp_path):
     for name in ["chat", "eval"]:
         output = call(name, tmp_path / "nowhere", code=2)
         assert "nowhere" in output and output.count("\n") == 1
+
+
+# --- the model that ships -----------------------------------------------------------------------
+
+def excess_of(model, tokenizer, n=200):
+    "Loss above the floor on stories that no training has seen."
+    from llm_course.train.loop import floor_excess
+    from llm_course.world import World
+    world = World(seed=0)
+    return floor_excess(model, tokenizer, world, world.sample(n, seed=987_654)).excess
+
+
+def shipped():
+    from llm_course.ship.build import load_run
+    try:
+        return load_run(None, "cpu")
+    except FileNotFoundError:
+        pytest.skip("no model ships with this version")
+
+
+def test_shipped_model_is_close_to_the_floor_and_writes():
+    loaded = shipped()
+    assert excess_of(loaded.model, loaded.tokenizer, n=50) < 0.04
+    assert len(call("chat", "--tokens", 20, "--seed", 1, "--device", "cpu", stdin="One grey morning,\n")) > 40
+
+
+@pytest.mark.slow
+def test_shipped_model_can_be_made_again(tmp_path):
+    from llm_course.model.gpt import load_model
+    from llm_course.tokens.bpe import load_tokenizer
+    loaded = shipped()
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "world_floor.py", "--seeds", "1", "--save", tmp_path],
+                   check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    again = load_model(tmp_path / "story.safetensors"), load_tokenizer(tmp_path / "story.bpe")
+    assert excess_of(loaded.model, loaded.tokenizer) < excess_of(*again) + 0.01
