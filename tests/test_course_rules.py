@@ -178,3 +178,15 @@ def test_readme_links_exist():
     links = re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text)
     missing = [link for link in links if not (ROOT / link).exists()]
     assert links and not missing, f"README.md links to {missing}; the index's links start in nbs/"
+
+
+def test_the_index_lists_each_lesson_with_its_minutes():
+    index = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"\| \[([\w.]+)\]\(\1\.ipynb\) \|[^|]+\| (\d+) \|", index))
+    header = re.compile(r'lesson\(\\"([\w.]+)\\", (?:minutes=)?(\d+)\)')
+    said = {}
+    for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
+        found = header.search(path.read_text(encoding="utf-8"))
+        assert found and found[1] == path.stem, f'{path.name}: no lesson("{path.stem}", minutes=...)'
+        said[found[1]] = found[2]
+    assert listed == said, f"lessons say {said}, the index {listed}"
