@@ -3,6 +3,7 @@
 # make docs     the website, into _docs             (without Quarto: only as far as that goes)
 # make bench    measurements beside other libraries
 # make outputs  run every lesson and store its outputs
+# make checkpoint  train the model that ships, for eight minutes on two cores
 # make readme   README.md from nbs/index.ipynb
 # make clean    remove what was built, but not .venv
 
@@ -35,6 +36,9 @@ bench: $(READY)
 outputs: $(READY)
 	$(BIN)/python tests/lessons.py --store
 
+checkpoint: $(READY)
+	$(BIN)/python benchmarks/world_floor.py --seconds 480 --seeds 1 --stories 100000 --save llm_course/assets
+
 readme: $(READY)
 	$(BIN)/python tests/readme.py
 
@@ -50,4 +54,4 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt tests/reference-d
 	$(BIN)/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" 2>/dev/null
 	@touch $@
 
-.PHONY: lab test docs bench outputs readme clean
+.PHONY: lab test docs bench outputs checkpoint readme clean
