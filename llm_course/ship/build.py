@@ -866,7 +866,7 @@ def lead_sentence(
             f"possible, and {figures['possible']:.0%} of the stories it writes could have been "
             "told in its world.")
 
-# %% ../../nbs/94_ship.build.ipynb #7432cc16
+# %% ../../nbs/94_ship.build.ipynb #2a031a50
 def figure_cards(
     figures: dict, # From `judge_run`
     facts: dict,   # Figures of all stages
@@ -876,10 +876,11 @@ def figure_cards(
     world = [] if "excess" not in figures else [
         (f"{figures['excess']:+.3f}", "excess over the floor", "nats per token; 0 is perfect"),
         (f"{figures['possible']:.0%}", "possible stories", "of 50 that it wrote")]
+    perplexity = [] if world else [
+        (f"{figures['perplexity']:.3g}", "perplexity", "as if choosing among so many tokens")]
     return world + [
         (f"{figures['bits_per_byte']:.2f}", "bits per byte", "8 for a model that knows nothing"),
-        (f"{figures['loss']:.3f}", "loss", "nats per token it never saw"),
-        (f"{figures['perplexity']:.3g}", "perplexity", "as if choosing among so many tokens"),
+        (f"{figures['loss']:.3f}", "loss", "nats per token it never saw"), *perplexity,
         (short(facts["model"]["speed"]), "tokens per second", f"in training, on {plan['device']}"),
         (short(plan["parameters"]), "parameters",
          f"{plan['n_layers']} layers of width {plan['d_model']}")]
@@ -890,7 +891,7 @@ def versions() -> dict[str, str]: # Name -> version
     return {"llm-course": llm_course.__version__, "torch": torch.__version__,
             "Python": platform.python_version(), "system": system}
 
-# %% ../../nbs/94_ship.build.ipynb #f28448c2
+# %% ../../nbs/94_ship.build.ipynb #4fb2c3d1
 def make_card(
     run: Run,              # The run
     loaded: Loaded,        # Its model
@@ -904,9 +905,10 @@ def make_card(
     chosen = {k: v for k, v in asdict(run.settings).items() if v is not None}
     chosen.pop("column")
     chosen["data"] = Path(run.settings.data).name  # a report may be shown; where you keep it, not
+    title = "the story world" if loaded.data == "world" else chosen["data"]
     took = {name: minutes(facts["seconds"]) for name, facts in run.facts.items()}
     return Report(
-        f"A model of {Path(run.settings.data).name}", lead_sentence(figures, run.facts),
+        f"A model of {title}", lead_sentence(figures, run.facts),
         figure_cards(figures, run.facts), curves, figures.get("floor"), samples,
         surprises(loaded, text), {"Settings": chosen, "Time": took, "Versions": versions()},
         f"llm-course chat {run.folder}")

@@ -59,7 +59,7 @@ def nice_ticks(
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 10) for i in range(first, last + 1)]
 
-# %% ../../nbs/93_ship.report.ipynb #a3e65206
+# %% ../../nbs/93_ship.report.ipynb #ef634654
 def thin(
     points: list[tuple[float, float]], # (x, y), in the order of x
     most: int = 150,                   # Points to keep
@@ -73,10 +73,10 @@ def limits(
     curves: dict[str, list],    # Name -> points (x, y)
     floor: float | None = None, # A level that must be visible
 ) -> tuple[float, float, float, float]: # x from, x to, y from, y to
-    "What a chart should show: all but the steep first 3 % of the way."
+    "What a chart should show: all but the steep first tenth of the way."
     points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
     end = max((x for x, _ in points), default=1) or 1
-    settled = [y for x, y in points if x >= 0.03 * end] or [0.0]
+    settled = [y for x, y in points if x >= 0.1 * end] or [0.0]
     settled += [] if floor is None else [floor]
     low, high = min(settled), max(settled)
     margin = 0.06 * (high - low) or 0.1
