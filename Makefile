@@ -3,7 +3,7 @@
 # make docs     the website, into _docs             (without Quarto: only as far as that goes)
 # make bench    measurements beside other libraries
 # make outputs  run every lesson and store its outputs
-# make checkpoint  train the model that ships, for four minutes on two cores
+# make checkpoint  train the model that ships, for eight minutes on two busy cores
 # make readme   README.md from nbs/index.ipynb
 # make clean    remove what was built, but not .venv
 
@@ -37,7 +37,8 @@ outputs: $(READY)
 	$(BIN)/python tests/lessons.py --store
 
 checkpoint: $(READY)
-	$(BIN)/python benchmarks/world_floor.py --seconds 240 --seeds 1 --stories 100000 --save llm_course/assets
+	$(BIN)/python benchmarks/world_floor.py --seconds 480 --seeds 1 --stories 100000 \
+	  --vocab-size 2048 --save llm_course/assets
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py

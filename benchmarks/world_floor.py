@@ -73,11 +73,12 @@ def main():
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--n-layers", type=int, default=4)
     parser.add_argument("--n-heads", type=int, default=2)
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     parser.add_argument("--save", type=Path, help="a folder for tokenizer and model")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     world = World(seed=0)
-    tokenizer = BPETokenizer.train(world.sample(2000, seed=10), VOCAB_SIZE)
+    tokenizer = BPETokenizer.train(world.sample(2000, seed=10), args.vocab_size)
     stories, unseen = world.sample(args.stories, seed=11), world.sample(args.unseen, seed=12)
     print(
         f"{'seed':>4} {'seconds':>8} {'steps':>6} {'M tokens':>8} {'epochs':>6} "
