@@ -35,13 +35,15 @@ def picture(
     figure,   # A matplotlib figure; it is closed
     alt: str, # What it shows, for people who do not see it
 ):            # Something that IPython displays
-    "Turn a figure into an HTML picture with an alternative text."
+    "Turn a figure into a small HTML picture (64 colours) with an alternative text."
     import base64, html, io
     import matplotlib.pyplot as plt
     from IPython.display import HTML
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80, bbox_inches="tight")
+    from PIL import Image
+    full, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=80, bbox_inches="tight")
     plt.close(figure)
+    Image.open(full).convert("RGB").quantize(64).save(buffer, format="png", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
     return HTML(f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}"/>')
 
