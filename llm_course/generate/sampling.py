@@ -211,14 +211,14 @@ def _stream(model, row, max_new_tokens, stops, adjust, settings, generator):
         yield token
         row = row + [token]
 
-# %% ../../nbs/50_generate.sampling.ipynb #10b88e3d
+# %% ../../nbs/50_generate.sampling.ipynb #1547a341
 def generate_batch(
     model: Callable,                # tokens (B, T) -> logits (B, T, V), causal
     prompts: list,                  # Token lists, of any lengths from 1
     max_new_tokens: int,            # Stop after this many
     stop: int | Iterable[int] | None = None, # Ids that end a text; not part of the answer
     adjust: Callable | None = None, # (logits (B, V), rows) -> logits, before filtering
-    batch_size: int = 256,          # How many go through the model together
+    batch_size: int = 64,           # How many go through the model together
     **sampling,                     # temperature, top_k, top_p, min_p, generator
 ) -> list[list[int]]:               # The new ids of each prompt
     "Continue many prompts together."
