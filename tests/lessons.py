@@ -102,6 +102,17 @@ def steady_output(output: dict) -> bool:
     return bool(data)
 
 
+def joined(outputs: list) -> list:
+    "One text where a cell printed several times in a row: how it was cut up is chance."
+    result = []
+    for output in outputs:
+        if output["output_type"] == "stream" and result and result[-1]["output_type"] == "stream":
+            result[-1]["text"] += output["text"]
+        else:
+            result.append(output)
+    return result
+
+
 def store(path: Path) -> float:
     "Run a lesson and keep its outputs; an unchanged file is not touched. Returns seconds."
     from execnb.nbio import nb2str
@@ -110,7 +121,7 @@ def store(path: Path) -> float:
     notebook, seconds = execute(path, STEADY)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if steady_output(o)]
+            cell.outputs = joined([o for o in cell.outputs if steady_output(o)])
     plain = json.loads(nbformat.writes(notebook))
     plain["metadata"].pop("widgets", None)
     clean_nb(plain, allowed_cell_metadata_keys=["jupyter"])
