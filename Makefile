@@ -13,9 +13,6 @@ BIN     := .venv/bin
 READY   := .venv/.ready
 ROOT    := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-# Threads that wait should soon sleep: spinning ones make a busy laptop many times slower.
-export GOMP_SPINCOUNT ?= 10000
-
 lab: $(READY)
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(LESSONS)" --LabApp.default_url=/lab/tree/index.ipynb $(ROOT) $(ARGS)
 

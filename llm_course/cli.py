@@ -22,9 +22,6 @@ import typer
 from rich.console import Console
 import llm_course
 
-# %% ../nbs/95_cli.ipynb #a5fe1bd4
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read once, by GNU's OpenMP, when torch loads
-
 # %% ../nbs/95_cli.ipynb #8f2b5b2b
 def notes(
     fn: Callable,     # A function with a comment beside each parameter
