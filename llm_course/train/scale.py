@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PEAKS', 'Parts', 'widths', 'count_parts', 'keeps_weights', 'norm_bytes', 'attention_bytes', 'feed_forward_bytes',
-           'dropout_bytes', 'block_bytes', 'activation_bytes', 'MemoryNeed', 'memory_need', 'biggest_batch', 'Meter',
-           'has_compiler', 'maybe_compile', 'recompute_blocks', 'listed_peak', 'best_seconds', 'measured_peak',
-           'peak_flops', 'memory_bandwidth', 'mfu', 'memory_used']
+           'dropout_bytes', 'block_bytes', 'Meter', 'activation_bytes', 'MemoryNeed', 'memory_need', 'dry_run',
+           'biggest_batch', 'recompute_blocks', 'listed_peak', 'best_seconds', 'measured_peak', 'peak_flops',
+           'memory_bandwidth', 'mfu', 'memory_used', 'has_compiler', 'maybe_compile']
 
-# %% ../../nbs/43_train.scale.ipynb #aaeafe33
+# %% ../../nbs/43_train.scale.ipynb #05163582
 import ctypes, os, shutil, sys, time, weakref
 from functools import lru_cache, partial
 from typing import Callable, NamedTuple
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from ..model.attention import mask_bias
 from ..model.block import hidden_width
 from ..model.gpt import GPT, GPTConfig, flops_per_token
-from .loop import PRECISIONS, plain_model, summed_loss
+from .loop import plain_model, summed_loss
 
-# %% ../../nbs/43_train.scale.ipynb #0e75dc94
+# %% ../../nbs/43_train.scale.ipynb #216156a7
 class Parts(NamedTuple):
     "How many numbers a GPT learns."
     matrices: int  # Inside the blocks; Muon moves them
@@ -34,6 +35,7 @@ def widths(
     d_kv = c.d_model // c.n_heads * (c.n_kv_heads or c.n_heads)
     return c.d_model, d_kv, c.d_hidden or hidden_width(c.d_model, c.style.activation)
 
+# %% ../../nbs/43_train.scale.ipynb #eaac7240
 def count_parts(
     config: GPTConfig, # Sizes and style
 ) -> Parts:            # Numbers, not bytes
@@ -47,7 +49,7 @@ def count_parts(
     rows += config.context_length if s.position == "learned" else 0
     return Parts(matrices, rows * C + (2 * L + 1) * norm + biases)
 
-# %% ../../nbs/43_train.scale.ipynb #9df5ce4d
+# %% ../../nbs/43_train.scale.ipynb #36a323c1
 def keeps_weights(
     context_length: int, # T
     dtype: torch.dtype,  # Precision of the products
@@ -63,10 +65,10 @@ def norm_bytes(
 ) -> int:              # Bytes per token
     "What a norm keeps: its input in float32, and a statistic or two."
     kind, C = config.style.norm, config.d_model
-    twice = kind == "rms" and torch.device(device).type == "cpu"  # torch has no fused one there
+    twice = kind == "rms" and torch.device(device).type == "cpu"
     return 4 * C * (2 if twice else 1) + (8 if kind.startswith("layer") else 4)
 
-# %% ../../nbs/43_train.scale.ipynb #7c357e3d
+# %% ../../nbs/43_train.scale.ipynb #6569b255
 def attention_bytes(
     config: GPTConfig,   # Sizes and style
     context_length: int, # T
@@ -83,6 +85,7 @@ def attention_bytes(
     lengths = 4 * (C + d_kv + 2 * H) if config.style.qk_norm else 0
     return p * (inputs + C) + looks + lengths
 
+# %% ../../nbs/43_train.scale.ipynb #a807e2e6
 def feed_forward_bytes(
     config: GPTConfig,   # Sizes and style
     dtype: torch.dtype,  # Precision of the products
@@ -92,7 +95,6 @@ def feed_forward_bytes(
     inputs = 2 * C if gated and dtype.itemsize < 4 else C
     return dtype.itemsize * (inputs + (4 if gated else 2) * hidden)
 
-# %% ../../nbs/43_train.scale.ipynb #f72b5877
 def dropout_bytes(
     config: GPTConfig,  # Sizes and style
     dtype: torch.dtype, # Precision of what is dropped
@@ -102,6 +104,7 @@ def dropout_bytes(
     cuda = torch.device(device).type == "cuda"
     return config.d_model * (1 if cuda else dtype.itemsize) if config.dropout else 0
 
+# %% ../../nbs/43_train.scale.ipynb #872213ae
 def block_bytes(
     config: GPTConfig,   # Sizes and style
     context_length: int, # T
@@ -112,6 +115,34 @@ def block_bytes(
     attention = attention_bytes(config, context_length, dtype, device)
     extras = 2 * norm_bytes(config, device) + 2 * dropout_bytes(config, dtype, device)
     return attention + feed_forward_bytes(config, dtype) + extras
+
+# %% ../../nbs/43_train.scale.ipynb #6f759286
+class Meter(TorchDispatchMode):
+    "Bytes of all tensors made in a `with` block and still there: now, at the peak, at each step."
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.trace, self.sizes = 0, 0, [], {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, Tensor):
+                self.note(x.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        self.trace.append(self.now)
+        return result
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        "Count a storage once, until it is freed."
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        "A storage was freed."
+        self.now -= self.sizes.pop(key)
 
 # %% ../../nbs/43_train.scale.ipynb #9a586cc1
 def activation_bytes(
@@ -133,13 +164,13 @@ def activation_bytes(
     copies = c.vocab_size * c.d_model + (0 if recompute else count_parts(c).matrices)
     return batch_size * T * (per_token + ends) + (p * copies if p < 4 else 0)
 
-# %% ../../nbs/43_train.scale.ipynb #341bda63
+# %% ../../nbs/43_train.scale.ipynb #4c7cb9bc
 class MemoryNeed(NamedTuple):
     "Bytes that one training step needs."
     parameters: int   # The weights, float32
     gradients: int    # As many
     optimizer: int    # What the optimiser remembers
-    activations: int  # Kept for the backward pass, with what the loss needs at its worst moment
+    activations: int  # See `activation_bytes`
     total: int        # All of these
 
 def memory_need(
@@ -160,59 +191,35 @@ def memory_need(
     kept = activation_bytes(config, batch_size, context_length, dtype, recompute, device)
     return MemoryNeed(weights, weights, memory, kept, 2 * weights + memory + kept)
 
+# %% ../../nbs/43_train.scale.ipynb #b7ae8664
+def dry_run(
+    config: GPTConfig,     # Sizes and style
+    batch_size: int,       # B
+    dtype: torch.dtype = torch.float32, # Precision of the products
+    recompute: bool = False,            # Recompute the blocks?
+    fake: bool = True,                  # Without computing anything?
+) -> Meter:                # Weights and activations of one step, at each operation
+    "Measure forward and backward pass, as a CPU makes them, with tensors that hold nothing."
+    from contextlib import nullcontext
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    try:
+        with FakeTensorMode() if fake else nullcontext(), Meter() as meter:
+            model = recompute_blocks(GPT(config)) if recompute else GPT(config)
+            tokens = torch.zeros(batch_size, config.context_length, dtype=torch.int64)
+            summed_loss(model, tokens, tokens, dtype).backward()
+    finally:
+        mask_bias.cache_clear()  # it must not hand out fake tables later
+    return meter
+
+# %% ../../nbs/43_train.scale.ipynb #6ee36d4d
 def biggest_batch(
     config: GPTConfig, # Sizes and style
-    memory: int,       # Bytes there are
+    memory: float,     # Bytes there are
     **how,             # What `memory_need` takes besides
 ) -> int:              # Sequences; 0 if not even one fits
     "The largest batch whose training step fits."
     one, two = (memory_need(config, n, **how).total for n in (1, 2))
     return max(0, 1 + int((memory - one) // (two - one)))
-
-# %% ../../nbs/43_train.scale.ipynb #470e5545
-class Meter(TorchDispatchMode):
-    "Add up the bytes of all tensors made inside a `with` block, and note the peak."
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.sizes = 0, 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, Tensor):
-                self.note(x.untyped_storage())
-        return result
-
-    def note(self, storage) -> None:
-        "Count a storage once, until it is freed."
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, key)
-
-    def forget(self, key: int) -> None:
-        "A storage was freed."
-        self.now -= self.sizes.pop(key)
-
-# %% ../../nbs/43_train.scale.ipynb #19cb0a49
-def has_compiler() -> bool: # Can torch.compile make CPU code?
-    "Is there a C++ compiler?"
-    names = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
-    return any(shutil.which(name) for name in names if name)
-
-def maybe_compile(
-    model: nn.Module,    # Any model
-    mode: str = "auto",  # "on", "off", or "auto": on a GPU; on a CPU for long runs
-    minutes: float = 0,  # How long the run is going to take, for "auto" on a CPU
-) -> nn.Module:          # Compiled, or as it was
-    "Let torch.compile fuse the model's operations. Raises `ValueError` for another mode."
-    if mode not in ("auto", "on", "off"):
-        raise ValueError(f"compile is {mode!r}; choose auto, on or off")
-    kind = next(model.parameters()).device.type
-    pays = kind == "cuda" or (kind == "cpu" and minutes >= 10 and has_compiler())
-    return torch.compile(model) if mode == "on" or (mode == "auto" and pays) else model
 
 # %% ../../nbs/43_train.scale.ipynb #371b4c5f
 def recompute_blocks(
@@ -224,29 +231,32 @@ def recompute_blocks(
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
 
-# %% ../../nbs/43_train.scale.ipynb #8cd60717
-PEAKS = {
-    "B300": 2500e12, "B200": 2250e12, "B100": 1750e12, "GB200": 2500e12, "GB300": 2500e12,
+# %% ../../nbs/43_train.scale.ipynb #493ef77f
+PEAKS = {  # dense 16-bit matrix products with float32 sums, FLOPs per second; vendors' data sheets
+    "B300": 2500e12, "GB300": 2500e12, "B200": 2250e12, "GB200": 2500e12, "B100": 1750e12,
     "H200": 989e12, "H200 NVL": 836e12, "GH200": 989e12, "H800": 989e12, "H20": 148e12,
     "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 836e12, "A100": 312e12, "A800": 312e12,
     "A40": 150e12, "A30": 165e12, "A10": 125e12, "A10G": 70e12, "RTX A6000": 155e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "MI300X": 1307e12,
     "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 210e12,
-    "T4": 65e12, "V100": 125e12, "V100-PCIE": 112e12}
+    "T4": 65e12, "V100": 125e12, "V100 PCIE": 112e12}
 
-# %% ../../nbs/43_train.scale.ipynb #ac454008
+# %% ../../nbs/43_train.scale.ipynb #e923d67b
 def listed_peak(
     name: str,          # As torch.cuda.get_device_name gives it
     dtype: torch.dtype, # Of the products
 ) -> float | None:      # FLOPs per second, or None for what the list does not know
     "The vendor's figure for dense 16-bit matrix products."
     words = f" {name.replace('-', ' ')} "
-    known = [k for k in PEAKS if f" {k.replace('-', ' ')} " in words]
-    early = dtype == torch.bfloat16 and any(k[:2] in ("T4", "V1") for k in known)
-    if dtype.itemsize != 2 or "Laptop" in name or early or not known:
+    known = [key for key in PEAKS if f" {key} " in words]
+    other_chip = any(word in words for word in (" Laptop ", " MIG ", " Max "))
+    if dtype.itemsize != 2 or other_chip or not known:
         return None
+    if dtype == torch.bfloat16 and ({"T4", "V100"} & set(known)):
+        return None  # too old for it
     return PEAKS[max(known, key=len)]
 
+# %% ../../nbs/43_train.scale.ipynb #a0a1114b
 def best_seconds(
     work: Callable,       # What to time
     device: torch.device, # Where it runs
@@ -263,20 +273,19 @@ def best_seconds(
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
-# %% ../../nbs/43_train.scale.ipynb #4dae26ea
 @lru_cache(maxsize=None)
 def measured_peak(
     device: torch.device, # Where
     dtype: torch.dtype,   # Of the products
 ) -> float:               # FLOPs per second
     "The best rate of some matrix products, measured in about a second."
-    sizes = (512, 1024) if device.type == "cpu" else (2048, 4096, 8192)
     rates = []
-    for n in sizes:
+    for n in (512, 1024) if device.type == "cpu" else (2048, 4096, 8192):
         x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         rates.append(2 * n**3 / best_seconds(lambda: x @ y, device))
     return max(rates)
 
+# %% ../../nbs/43_train.scale.ipynb #bc50538a
 def peak_flops(
     device: torch.device | str,          # Where
     dtype: torch.dtype = torch.float32,  # Of the products
@@ -290,7 +299,7 @@ def peak_flops(
 def memory_bandwidth(
     device: torch.device | str, # Where
 ) -> float:                     # Bytes per second, read and written
-    "How fast memory is copied, measured; the tensor is larger than any cache."
+    "How fast memory is copied, measured; the tensor is larger than most caches."
     device = torch.device(device)
     x = torch.ones(2**25 if device.type == "cpu" else 2**29, device=device)
     y = torch.empty_like(x)
@@ -308,21 +317,21 @@ def mfu(
     useful = flops_per_token(config, context_length) * tokens_per_second
     return useful / peak_flops(device, dtype)
 
-# %% ../../nbs/43_train.scale.ipynb #4b3000e1
+# %% ../../nbs/43_train.scale.ipynb #3b16f1be
 def _windows_peak() -> int:
-    "Most memory this process had, on Windows."
+    "Most memory this process has had, on Windows."
     class Counters(ctypes.Structure):
-        names = "peak now paged0 paged1 pool0 pool1 file peak_file".split()
+        names = "peak now paged_peak paged pool_peak pool file file_peak".split()
         _fields_ = [("size", ctypes.c_uint32), ("faults", ctypes.c_uint32)]
         _fields_ += [(name, ctypes.c_size_t) for name in names]
-    counters = Counters()
-    counters.size = ctypes.sizeof(counters)
+    counters = Counters(size=ctypes.sizeof(Counters))
     kernel = ctypes.windll.kernel32
     kernel.GetCurrentProcess.restype = ctypes.c_void_p
     process = ctypes.c_void_p(kernel.GetCurrentProcess())
     kernel.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.size)
     return counters.peak
 
+# %% ../../nbs/43_train.scale.ipynb #3e3ff9b7
 def memory_used(
     device: torch.device | str, # Where
 ) -> int:                       # Bytes, at the peak
@@ -337,3 +346,21 @@ def memory_used(
     import resource
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+# %% ../../nbs/43_train.scale.ipynb #016ff3fa
+def has_compiler() -> bool: # Can torch.compile make code for the CPU?
+    "Is there a C++ compiler?"
+    names = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
+    return any(shutil.which(name) for name in names if name)
+
+def maybe_compile(
+    model: nn.Module,    # Any model
+    mode: str = "auto",  # "on", "off", or "auto": on a GPU; on a CPU for long runs
+    minutes: float = 0,  # How long the run is going to take, for "auto" on a CPU
+) -> nn.Module:          # Compiled, or as it was
+    "Let torch.compile fuse the model's operations. Raises `ValueError` for another mode."
+    if mode not in ("auto", "on", "off"):
+        raise ValueError(f"compile is {mode!r}; choose auto, on or off")
+    kind = next(model.parameters()).device.type
+    pays = kind == "cuda" or (kind == "cpu" and minutes >= 10 and has_compiler())
+    return torch.compile(model) if mode == "on" or (mode == "auto" and pays) else model
