@@ -146,6 +146,11 @@ def newton_schulz(
     y = stack.view(y.shape)
     return (y.mT if tall else y).to(x.dtype)
 
+# %% ../../nbs/40_train.optim.ipynb #73dd2204
+def _groups(pairs: list, size: int) -> list:
+    "Cut a list into parts: a stack of all matrices of a large model would not fit into memory."
+    return [pairs[i:i + size] for i in range(0, len(pairs), size)]
+
 # %% ../../nbs/40_train.optim.ipynb #4283b448
 class Muon(Optimizer):
     "Momentum, then every singular value of the update set near 1; for matrices only."
@@ -169,11 +174,14 @@ class Muon(Optimizer):
         for p, m in zip(self.params, self.memory["m"]):
             if p.grad is not None:
                 m.lerp_(p.grad, 1 - self.momentum)
-                shapes.setdefault(p.shape, []).append((p, p.grad.lerp(m, self.momentum)))
+                shapes.setdefault(p.shape, []).append((p, m))
+        keep = 1 - self.lr * scale * self.weight_decay
         for (rows, columns), pairs in shapes.items():
-            lr = self.lr * scale * math.sqrt(max(1, rows / columns))
-            for (p, _), u in zip(pairs, newton_schulz(torch.stack([whole(u) for _, u in pairs]))):
-                p.mul_(1 - self.lr * scale * self.weight_decay).sub_(like(u, p), alpha=lr)
+            lr, n = self.lr * scale * math.sqrt(max(1, rows / columns)), rows * columns
+            for some in _groups(pairs, max(1, 2**26 // n)):
+                updates = [whole(p.grad.lerp(m, self.momentum)).bfloat16() for p, m in some]
+                for (p, _), u in zip(some, newton_schulz(torch.stack(updates))):
+                    p.mul_(keep).sub_(like(u.to(p.dtype), p), alpha=lr)
 
 # %% ../../nbs/40_train.optim.ipynb #ea3c7e7f
 class OptimizerGroup:
