@@ -20,11 +20,12 @@ from ..data.batches import DocumentBatches, memory_shards, one_pass, read_texts
 from ..generate.sampling import generate, generate_batch
 from ..model.gpt import GPT, load_model, save_model
 from .report import Report, Sample, bits_per_byte, perplexity, short, write_report
-from .run import (
-    STAGES, Reporter, Run, Settings, counted, keep, minutes, n_targets, read_json, read_log,
-    stored_texts, take_stages)
+from llm_course.ship.run import (
+    STAGES, Run, Settings, counted, flat, keep, n_targets, read_json, stored_texts, take_stages,
+    token_parts)
 from ..tokens.bpe import load_tokenizer
 from ..train.loop import evaluate
+from ..train.plan import Machine, Reporter, duration, read_log
 from ..world import World
 
 # %% ../../nbs/95_ship.build.ipynb #17e17c16
@@ -48,7 +49,7 @@ def load_run(
     folder = Path(folder).expanduser()
     for name in ("tokenizer.bpe", "model.safetensors"):
         if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder} has no {name}: is it a finished run of build?")
+            raise FileNotFoundError(f"{folder} has no {name}: is it a finished run?")
     tokenizer = load_tokenizer(folder / "tokenizer.bpe")
     facts = read_json(folder / "stages.json")
     return Loaded(load_model(folder / "model.safetensors", where), tokenizer,
@@ -137,7 +138,8 @@ def judge_run(
     loaded: Loaded, # Its model
 ) -> tuple[dict, str]: # Figures, and the first of the texts they come from
     "Grade a model on the part that its run held back."
-    stored = stored_texts(folder / "tokens" / "valid", loaded.tokenizer)
+    valid = token_parts(folder, read_json(folder / "stages.json"))[1]
+    stored = stored_texts(valid, loaded.tokenizer)
     texts = [text for text, _ in keep(((text, True) for text in stored), JUDGE_BYTES)[0]]
     if loaded.data == "world":
         return score_world(loaded, texts[:400]), texts[0]
@@ -222,7 +224,7 @@ def lead_sentence(
 ) -> str:          # For the top of the page
     "What the figures amount to."
     model = facts["model"]
-    begin = f"It read {short(model['tokens'])} tokens in {minutes(model['training'])}"
+    begin = f"It read {short(model['tokens'])} tokens in {duration(model['training'])}"
     if "excess" not in figures:
         share, zipped = figures["bits_per_byte"] / 8, figures["zip_bits_per_byte"] / 8
         return (f"{begin}. Its odds would pack text that it never saw to {share:.0%} of its size; "
@@ -237,7 +239,7 @@ def figure_cards(
     facts: dict,   # Figures of all stages
 ) -> list[tuple[str, str, str]]: # Value, name, meaning
     "The numbers that matter, for the top of the page."
-    plan = facts["plan"]
+    plan, size = facts["plan"], facts["plan"]["model"]
     world = [] if "excess" not in figures else [
         (f"{figures['excess']:+.3f}", "excess over the floor", "nats per token; 0 is perfect"),
         (f"{figures['possible']:.0%}", "possible stories", "of 50 that it wrote")]
@@ -248,7 +250,7 @@ def figure_cards(
         (f"{figures['loss']:.3f}", "loss", "nats per token it never saw"), *perplexity,
         (short(facts["model"]["speed"]), "tokens per second", f"in training, on {plan['device']}"),
         (short(plan["parameters"]), "parameters",
-         f"{plan['n_layers']} layers of width {plan['d_model']}")]
+         f"{size['n_layers']} layers of width {size['d_model']}")]
 
 def versions() -> dict[str, str]: # Name -> version
     "What a run was made with."
@@ -267,11 +269,11 @@ def make_card(
     "Put everything on one page."
     log, names = read_log(run.folder), {"training": "train", "validation": "valid"}
     curves = {name: [(row["tokens"], row[key]) for row in log] for name, key in names.items()}
-    chosen = {k: v for k, v in asdict(run.settings).items() if v is not None}
+    chosen = flat(asdict(run.settings))
     chosen.pop("column", None)
     chosen["data"] = Path(run.settings.data).name  # a report may be shown; where you keep it, not
     title = "the story world" if loaded.data == "world" else chosen["data"]
-    took = {name: minutes(facts["seconds"]) for name, facts in run.facts.items()}
+    took = {name: duration(facts["seconds"]) for name, facts in run.facts.items()}
     return Report(
         f"A model of {title}", lead_sentence(figures, run.facts),
         figure_cards(figures, run.facts), curves, figures.get("floor"), samples,
@@ -283,7 +285,7 @@ def make_report(
     run: Run, # The run
 ) -> dict:    # Its figures
     "The last stage: judge the model, let it write, and fill in the report card."
-    loaded = load_run(run.folder, run.settings.device)
+    loaded = load_run(run.folder, run.machine.device)
     figures, text = judge_run(run.folder, loaded)
     samples = write_samples(loaded, "" if loaded.documents else first_line(text), 300)
     if loaded.data == "world":
@@ -298,9 +300,11 @@ def build(
     folder: str | Path,               # The run's folder
     settings: Settings = Settings(),  # What is chosen; the rest is decided, or read there
     reporter: Reporter | None = None, # Who is told; by default plain lines
+    machine: Machine = Machine(),     # How it is computed
 ) -> dict:                            # The figures of all stages
     "From text to a model and its report card; called again, it goes on where it stopped."
-    return take_stages(folder, settings, reporter, {**STAGES, "report": make_report})
+    stages = {**STAGES, "report": make_report}
+    return take_stages(folder, settings, reporter, machine, stages=stages)
 
 # %% ../../nbs/95_ship.build.ipynb #d62a4adc
 def export_assets(
