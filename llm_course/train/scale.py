@@ -144,7 +144,7 @@ class Meter(TorchDispatchMode):
         "A storage was freed."
         self.now -= self.sizes.pop(key)
 
-# %% ../../nbs/43_train.scale.ipynb #9a586cc1
+# %% ../../nbs/43_train.scale.ipynb #7d25daee
 def activation_bytes(
     config: GPTConfig,     # Sizes and style
     batch_size: int,       # B, sequences at a time
@@ -157,10 +157,11 @@ def activation_bytes(
     c, T, p = config, context_length or config.context_length, dtype.itemsize
     block, table = block_bytes(c, T, dtype, device), 4 * c.vocab_size
     ends = norm_bytes(c, device) + p * c.d_model + dropout_bytes(c, torch.float32, device) + 16
+    bend = {"gelu": 1, "swiglu": 2, "relu2": 3}[c.style.activation] * p * widths(c)[2]
     if recompute:  # either the loss or one block and its gradients, never both
-        per_token = c.n_layers * 4 * c.d_model + max(3 * table, 2 * block)
+        per_token = c.n_layers * 4 * c.d_model + max(3 * table, block + bend)
     else:
-        per_token = c.n_layers * block + 3 * table
+        per_token = c.n_layers * block + table + max(2 * table, bend)
     copies = c.vocab_size * c.d_model + (0 if recompute else count_parts(c).matrices)
     return batch_size * T * (per_token + ends) + (p * copies if p < 4 else 0)
 
