@@ -13,9 +13,9 @@ in one run. If a side ends above 1.88, its whole time counts and the table says 
 
 The last line is JSON; `value` is the classic recipe's time over ours (medians), and the bar is 5.
 
-`--long` asks another question: is ours a sprint that stalls? Each side gets ten times its steps: the
-classic recipe 20,000, ours 1,600 with its usual size, and 3,500 with the size of the classic model
-(4 layers, 4 heads, width 128). Only the losses at the end count. Then `value` is the median by
+`--long` asks another question: is ours a sprint that stalls? Each side gets ten times its steps,
+the classic recipe 20,000, ours 1,600 with its usual size, and 3,500 with the size of the classic
+one (4 layers, 4 heads, width 128). Only the losses at the end count. Then `value` is the median by
 which ours ends lower at equal size, in nats per character, and the bar is 0. A seed takes about
 half an hour on one core.
 """
