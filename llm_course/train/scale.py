@@ -257,7 +257,7 @@ def listed_peak(
         return None  # too old for it
     return PEAKS[max(known, key=len)]
 
-# %% ../../nbs/43_train.scale.ipynb #a0a1114b
+# %% ../../nbs/43_train.scale.ipynb #e32dca3f
 def best_seconds(
     work: Callable,       # What to time
     device: torch.device, # Where it runs
@@ -274,6 +274,7 @@ def best_seconds(
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
+# %% ../../nbs/43_train.scale.ipynb #696f14c1
 @lru_cache(maxsize=None)
 def measured_peak(
     device: torch.device, # Where
