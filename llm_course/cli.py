@@ -546,7 +546,9 @@ def run_stages(
     before = signal.signal(signal.SIGTERM, _on_terminate)
     try:
         work(Bar() if sys.stdout.isatty() and is_first() else Reporter())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if isinstance(error.__context__, ConnectionError):
+            raise error.__context__ from None  # torchrun ends us since another process is gone
         if is_first():
             how = continue_command(folder, name)
             typer.echo(f"Stopped; nothing is lost. Continue with: {how}", err=True)

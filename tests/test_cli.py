@@ -1,6 +1,7 @@
 "The commands, called as a person calls them."
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -376,6 +377,144 @@ def test_killed_build_leaves_no_lock_behind(text):
     process.communicate()
     call(*options)
     assert (run / "report.html").exists()
+
+
+# --- train --------------------------------------------------------------------------------------
+
+SMALL = ["--preset", "tiny", "--layers", 1, "--width", 32, "--context", 64, "--batch-size", 8, "--steps", 40,
+         "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A finished training, made once."
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "rhyme.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "my_tracker.py").write_text("rows = []\nlog = rows.append\n\n\ndef broken(row):\n    1 / 0\n",
+                                          encoding="utf-8")
+    run = folder / "run"
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        output = call("train", "--data", "rhyme.txt", "--out", run, "--tracker", "my_tracker:log", *SMALL)
+        tracked = sys.modules["my_tracker"].rows
+    finally:
+        os.chdir(before)
+    return run, output, tracked
+
+
+def logged(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_train_explains_every_option():
+    program = subprocess.run([sys.executable, "-m", "llm_course", "train", "--help"], capture_output=True, text=True,
+                             encoding="utf-8", env={**os.environ, "COLUMNS": "200", "TERM": "dumb"}, cwd=ROOT)
+    lines = [line for line in program.stdout.splitlines() if "--" in line]
+    assert len(lines) >= 24
+    for line in lines:
+        words = re.sub(r"--[\w-]+|<\w+>|[│|,]|-h\b", " ", line).split()
+        assert len(words) >= 2, line
+
+
+def test_train_makes_a_run_that_chat_and_eval_take(trained):
+    run, output, _ = trained
+    assert "trained     40 steps" in output and "llm-course chat" in output and "tokens/s  MFU" in output
+    assert "The cat" in call("chat", run, "--tokens", 3, stdin="The cat\n")
+    assert json.loads(call("eval", run, "--json"))["loss"] > 0
+
+
+def test_train_logs_json_and_tells_the_tracker(trained):
+    run, output, tracked = trained
+    rows = logged(run)
+    assert [row["step"] for row in rows] == [10, 20, 30, 40] and rows == tracked
+    wanted = {"step", "tokens", "seconds", "train", "valid", "rate", "norm", "tokens_per_second", "mfu", "memory"}
+    assert wanted <= set(rows[-1]) and all(row["tokens_per_second"] > 0 and row["mfu"] > 0 for row in rows)
+
+
+def test_train_again_does_nothing_and_build_goes_on_to_the_report(trained):
+    run, _, _ = trained
+    rows = logged(run)
+    assert "nothing left to do" in call("train", "--out", run)
+    assert "nothing left to do" in call("train", "--out", run, *SMALL, "--compile", "off")
+    assert logged(run) == rows
+    call("build", "--out", run)
+    assert "bits per byte" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_train_refuses_other_settings_by_name(trained):
+    run, _, _ = trained
+    output = call("train", "--out", run, "--width", 64, "--lr", 0.5, "--seed", 3, code=2)
+    for words in ["d_model was 32 and is now 64", "lr was None and is now 0.5", "seed was 0 and is now 3"]:
+        assert words in output
+    assert "preset was 'tiny' and is now 'laptop'" in call("train", "--out", run, "--preset", "laptop", code=2)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--preset", "gpt5"], "gpt2 (one GPU)"),
+    (["--preset", "tiny", "--heads", 7], "n_heads=7"),
+    (["--batch-size", 0], "batch_size is 0"),
+    (["--compile", "perhaps"], "auto on off"),
+    (["--parallel", "magic"], "auto ddp fsdp"),
+    (["--tracker", "no_such_module:log"], "module:function"),
+    (["--minutes", 1, "--steps", 1], "not both"),
+])
+def test_train_says_in_one_line_what_is_wrong(text, arguments, says):
+    output = call("train", "--data", "rhyme.txt", "--out", "run", *arguments, code=2)
+    assert says in output and output.count("\n") == 1
+    assert not (text.parent / "run" / "stages.json").exists()
+
+
+def test_train_reports_a_failing_tracker_once_and_goes_on(text, trained):
+    (text.parent / "other_tracker.py").write_text("def broken(row):\n    1 / 0\n", encoding="utf-8")
+    output = call("train", "--data", "rhyme.txt", "--out", "run", *SMALL, "--tracker", "other_tracker:broken")
+    assert output.count("the tracker failed (ZeroDivisionError") == 1 and "trained     40 steps" in output
+
+
+def test_train_may_choose_sizes_anew_until_there_is_a_plan(text):
+    (text.parent / "short.txt").write_text("Too short. " * 8, encoding="utf-8")
+    call("train", "--data", "short.txt", "--out", "run", *SMALL, code=2)
+    assert "limit was None" in call("train", "--out", "run", "--limit", 3, code=2)
+    assert "too short" in call("train", "--data", "short.txt", "--out", "run", "--preset", "gpt2", code=2)
+
+
+def test_train_takes_ready_shards_with_the_tokenizer_beside_them(text, trained):
+    from llm_course.data.batches import write_shards
+    from llm_course.tokens.bpe import BPETokenizer
+    tokenizer = BPETokenizer.train([TEXT], 300)
+    write_shards([TEXT] * 3, tokenizer, text.parent / "shards")
+    options = ["train", "--data", "shards", *SMALL]
+    assert "none beside the shards" in call(*options, "--out", "mute")
+    tokenizer.save(text.parent / "tokenizer.bpe")
+    call(*options, "--out", "run")
+    assert not (text.parent / "run" / "tokens").exists()
+    assert "The cat" in call("chat", "run", "--tokens", 3, stdin="The cat\n")
+    assert call("chat", "mute", code=2).count("no tokenizer.bpe") == 1
+
+
+def test_train_takes_a_tokenizer_from_a_file(text, trained):
+    from llm_course.tokens.bpe import BPETokenizer, write_ranks
+    ranks = {bytes([b]): b for b in range(256)} | {b"The ": 256, b" the": 257}
+    write_ranks(ranks, text.parent / "mine.tiktoken")
+    output = call("train", "--data", "rhyme.txt", "--out", "run", *SMALL, "--tokenizer", "mine.tiktoken")
+    assert "tokenizer   259 tokens" in output
+    BPETokenizer.train([TEXT], 280).save(text.parent / "mine.bpe")
+    again = call("train", "--data", "rhyme.txt", "--out", "run2", *SMALL, "--tokenizer", "mine.bpe")
+    assert "tokenizer   280 tokens" in again
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process could hear")
+def test_train_asked_to_end_saves_and_goes_on(text):
+    run = text.parent / "run"
+    options = ["train", "--data", "rhyme.txt", "--out", "run", *SMALL, "--steps", 400]
+    process = start(*options, cwd=text.parent)
+    wait_for(lambda: len(steps_logged(run)) > 1, process)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "llm-course train --out run" in err and "Traceback" not in err
+    reached = max(steps_logged(run))
+    assert reached < 400 and "trained     400 steps" in call("train", "--out", "run")
+    assert steps_logged(run) == list(range(10, 401, 10))
 
 
 # --- chat and eval ------------------------------------------------------------------------------

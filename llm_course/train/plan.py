@@ -33,7 +33,7 @@ from .loop import (
 from .parallel import distribute
 from .scale import (
     MemoryNeed, maybe_compile, memory_need, memory_used, mfu, recompute_blocks)
-from .tune import dial
+from .tune import dial, rates_for
 
 # %% ../../nbs/45_train.plan.ipynb #320b547e
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Preset:
     accumulate: int = 1          # Batches in a step
     minutes: float | None = None # How long to train ...
     steps: int | None = None     # ... or how many steps; neither: 20 tokens for each parameter
-    lr: float | None = None      # AdamW's learning rate; by default, it follows from the width
-    lr_matrix: float = 0.03      # Muon's
+    lr: float | None = None      # AdamW's learning rate; by default it follows from the width
+    lr_matrix: float | None = None # Muon's
 
     def __post_init__(self):
         for name in ("batch_size", "accumulate", "minutes", "steps", "lr", "lr_matrix"):
@@ -174,10 +174,11 @@ def outline(
     more = 1 if whole else c.context_length // context  # short windows, so more of them
     V = V if V <= 8192 else math.ceil(V / 64) * 64
     model = replace(c, vocab_size=V, context_length=context)
-    lr = preset.lr or 0.01 * (128 / c.d_model) ** 0.5
+    chosen = {k: getattr(preset, k) for k in ("lr", "lr_matrix") if getattr(preset, k)}
     budget = {"steps": 1} if preset.minutes is None else {"minutes": preset.minutes}
-    rates = {"lr": lr, "lr_matrix": preset.lr_matrix, "accumulate": preset.accumulate}
-    return Plan(model, TrainConfig(**budget, **rates), preset.batch_size * more, whole)
+    rates = {**rates_for(c.d_model), **chosen}
+    training = TrainConfig(**budget, **rates, accumulate=preset.accumulate)
+    return Plan(model, training, preset.batch_size * more, whole)
 
 # %% ../../nbs/45_train.plan.ipynb #da8bc426
 def batches_for(
