@@ -70,33 +70,7 @@ def steepest(
     slopes = np.gradient(np.array(losses[:end]), np.log(rates[:end]))
     return float(rates[int(slopes.argmin())])
 
-# %% ../../nbs/42_train.tune.ipynb #8dd94917
-def lr_range_test(
-    model: nn.Module,    # Untrained; stays as it is
-    batches: Iterator,   # As for `train`; `steps` of them are used up
-    low: float = 1e-4,   # First rate
-    high: float = 10.0,  # Last rate, unless the loss has doubled before
-    steps: int = 100,    # As many as the run has that you plan, at most
-    make_optimizer: Callable | None = None,  # Model -> optimiser whose rates are multiplied
-) -> RangeTest:          # Rates, losses, suggestion
-    "Raise the rate at each step until the loss explodes (arXiv:1506.01186)."
-    model = copy.deepcopy(model).train()
-    device = next(model.parameters()).device
-    make = make_optimizer or (lambda model: adamw_optimizer(model, 1.0, weight_decay=0.0))
-    optimizer, rates, losses, average = make(model), [], [], 0.0
-    with fenced(device):
-        for i in range(steps):
-            rate = low * (high / low) ** (i / (steps - 1))
-            loss = _loss_and_gradient(model, next(batches))
-            average = 0.8 * average + 0.2 * loss
-            if not math.isfinite(loss) or losses and average / (1 - 0.8 ** (i + 1)) > 2 * losses[0]:
-                break
-            rates.append(rate)
-            losses.append(average / (1 - 0.8 ** (i + 1)))
-            optimizer.step(rate)
-    return RangeTest(rates, losses, steepest(rates, losses))
-
-# %% ../../nbs/42_train.tune.ipynb #e6aefbf2
+# %% ../../nbs/42_train.tune.ipynb #1aa8255d
 def _loss_and_gradient(model: nn.Module, batch: tuple) -> float:
     "Mean loss of a batch, nats per token; the gradient is in the parameters."
     model.zero_grad()
@@ -104,6 +78,37 @@ def _loss_and_gradient(model: nn.Module, batch: tuple) -> float:
     loss = summed_loss(model, tokens, targets) / n
     loss.backward()
     return loss.item()
+
+def _unit_adamw(model: nn.Module):
+    "AdamW for all, with a rate of 1, so that a factor is the rate."
+    return adamw_optimizer(model, 1.0, weight_decay=0.0)
+
+# %% ../../nbs/42_train.tune.ipynb #740e492f
+def lr_range_test(
+    model: nn.Module,    # Untrained; stays as it is
+    batches: Iterator,   # As for `train`; `steps` of them are used up
+    low: float = 1e-4,   # First rate
+    high: float = 10.0,  # Last rate, unless the loss has doubled before
+    steps: int = 100,    # As many as the run has that you plan, at most
+    make_optimizer: Callable = _unit_adamw,  # Model -> optimiser whose rates are multiplied
+) -> RangeTest:          # Rates, losses, suggestion
+    "Raise the rate at each step until the loss explodes (arXiv:1506.01186)."
+    if not 0 < low < high or steps < 3:
+        raise ValueError(f"{steps} steps from {low} to {high} are no test: raise high, or steps")
+    model = copy.deepcopy(model).train()
+    optimizer, rates, losses, average = make_optimizer(model), [], [], 0.0
+    with fenced(next(model.parameters()).device):
+        for i in range(steps):
+            rate = low * (high / low) ** (i / (steps - 1))
+            loss = _loss_and_gradient(model, next(batches))
+            average = 0.8 * average + 0.2 * loss
+            smooth = average / (1 - 0.8 ** (i + 1))  # the average of what there is
+            if not math.isfinite(loss) or losses and smooth > 2 * losses[0]:
+                break
+            rates.append(rate)
+            losses.append(smooth)
+            optimizer.step(rate)
+    return RangeTest(rates, losses, steepest(rates, losses))
 
 # %% ../../nbs/42_train.tune.ipynb #379a0542
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ def bayes(
         optuna.logging.set_verbosity(before)
     return trials
 
-# %% ../../nbs/42_train.tune.ipynb #656537c7
+# %% ../../nbs/42_train.tune.ipynb #aa2ac6fc
 def search(
     score: Callable,        # Settings by name -> number, the lower the better
     space: dict,            # Name -> `Range` or list of values
@@ -207,6 +212,8 @@ def search(
     "Try settings. Raises `ValueError` if every run failed."
     if method not in ("grid", "random", "bayes"):
         raise ValueError(f"method is {method!r}; choose grid, random or bayes")
+    if budget < 1 or not space:
+        raise ValueError(f"a budget of {budget} for {len(space)} settings: nothing can be tried")
     if method == "bayes":
         trials = bayes(score, space, budget, seed)
     else:
@@ -216,6 +223,7 @@ def search(
         raise ValueError(f"all {len(trials)} runs failed; the first: {trials[0].problem}")
     return trials
 
+# %% ../../nbs/42_train.tune.ipynb #3486c1ff
 def best(
     trials: list[Trial], # What `search` gave
 ) -> Trial:              # The first with the lowest score
