@@ -1,7 +1,7 @@
 # make lab      open the lessons in JupyterLab      (make lab ARGS=--no-browser)
 # make test     every check that CI runs
 # make docs     the website, into _docs             (without Quarto: only as far as that goes)
-# make bench    measurements beside other libraries
+# make bench    measurements beside other libraries; what needs a GPU says so and is left out
 # make outputs  run every lesson and store its outputs
 # make checkpoint  train the model that ships, for eight minutes on two busy cores
 # make readme   README.md from nbs/index.ipynb
@@ -28,7 +28,7 @@ docs: $(READY)
 	  echo "The pages are prepared in _proc; install Quarto (https://quarto.org) to make a site of them."; fi
 
 bench: $(READY)
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || [ $$? = 2 ] || exit 1; done
 
 outputs: $(READY)
 	$(BIN)/python tests/lessons.py --store

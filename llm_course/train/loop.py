@@ -689,9 +689,10 @@ def lost_process(
         if world_size() == 1 or not any(sign in str(error) for sign in LOST):
             raise
         where = f"it goes on from the last checkpoint in {folder}" if folder else "nothing is saved"
-        raise ConnectionError(
-            f"another of the {world_size()} processes has ended, so process {rank()} ends, too. "
-            f"Start the same command again: {where}") from error
+        message = (f"another of the {world_size()} processes has ended, so process {rank()} ends, "
+                   f"too. Start the same command again: {where}")
+        print(message, file=sys.stderr, flush=True)  # torchrun may end this process any moment
+        raise ConnectionError(message) from error
 
 # %% ../../nbs/41_train.loop.ipynb #a527644f
 def keep_memory() -> None:
@@ -718,7 +719,7 @@ def train(
     curve = None,                      # A `LiveCurve`
 ) -> Progress:                         # What happened
     "Train a model, or go on training it. Ctrl-C saves, then raises `KeyboardInterrupt`."
-    with alone(folder), lost_process(folder), gentle_interrupt() as noted:
+    with gentle_interrupt() as noted, alone(folder), lost_process(folder):
         t = begin(Trainer(model, batches, config), folder, valid, patience)
         while not t.progress.stopped:
             train_step(t)
