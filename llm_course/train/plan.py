@@ -8,11 +8,11 @@ __all__ = ['PRESETS', 'LOOKED_AT', 'WHOLE', 'NO_MEMORY', 'LOOKS', 'PATIENCE', 'P
            'Machine', 'plan_memory', 'device_memory', 'describe_need', 'advise', 'enough_memory', 'share_weights',
            'need_here', 'place_model', 'try_out', 'make_plan', 'forecast', 'check_share', 'duration', 'describe_plan',
            'Reporter', 'Quiet', 'Watched', 'time_left', 'tell_progress', 'write_log', 'read_log', 'show_look',
-           'find_tracker', 'Tracked', 'Logbook', 'measure', 'first_does', 'valid_batches', 'best_model', 'train_plan',
-           'finish_run']
+           'find_tracker', 'Tracked', 'Logbook', 'measure', 'first_does', 'when_to_look', 'valid_batches', 'best_model',
+           'train_plan', 'finish_run']
 
 # %% ../../nbs/45_train.plan.ipynb #d985fe39
-import importlib, json, math, os, sys, time
+import gc, importlib, json, math, os, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -365,6 +365,7 @@ def make_plan(
         say(f"warning     {describe_need(need, device)}. {advise(plan, machine)}")
     with enough_memory(plan, machine, device, need):
         speed, tokens = try_out(plan, shards, machine, device)
+    gc.collect()  # nothing of the copy may be left when the model itself is made
     plan = replace(plan, speed=speed, step_tokens=tokens * preset.accumulate)
     return forecast(plan, preset.steps, shards.n_tokens - len(shards.arrays))
 
@@ -618,14 +619,21 @@ def first_does(
 LOOKS = 40     # at the validation loss, over the whole training
 PATIENCE = 12  # looks without improvement, then it stops
 
+def when_to_look(
+    plan: Plan, # With its tokens
+) -> tuple[int, int]: # Steps from one look to the next, and batches for each
+    "How often the validation loss is computed, and how thoroughly."
+    every = max(10, round(plan.tokens / plan.step_tokens / LOOKS))
+    return every, min(24, max(3, round(0.3 * every * plan.training.accumulate)))
+
+# %% ../../nbs/45_train.plan.ipynb #4781a84c
 def valid_batches(
     shards: Shards,  # Held-out tokens
     plan: Plan,      # Says how they are read
-    most: int = 24,  # Batches at most: a look must not take long
 ) -> list[tuple]:    # Always the same ones
     "A sample of the held-out text to look at again and again."
     windows = DocumentBatches(shards, plan.batch_size, plan.model.context_length, seed=0)
-    return list(islice(one_pass(windows), most))
+    return list(islice(one_pass(windows), when_to_look(plan)[1]))
 
 def best_model(
     plan: Plan,      # What was trained
@@ -656,11 +664,10 @@ def train_plan(
     reporter = (reporter or Reporter()) if rank() == 0 else Quiet()
     seen = Watched(batches_for(parts[0], plan, seed), plan, reporter)
     need = need_here(plan, machine, device)
-    every = max(10, round(plan.tokens / plan.step_tokens / LOOKS))
     with enough_memory(plan, machine, device, need):
         model = place_model(plan, machine, device, seed)
         progress = train(model, seen, plan.training, valid_batches(parts[1], plan),
-                         folder / "checkpoints", every, PATIENCE,
+                         folder / "checkpoints", when_to_look(plan)[0], PATIENCE,
                          watch=Logbook(folder, seen, tracker))
     reporter.close()
     return finish_run(plan, parts[0], folder, progress, reporter)
