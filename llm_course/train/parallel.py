@@ -268,7 +268,7 @@ def distribute(
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
     return shard(model, device)
 
-# %% ../../nbs/44_train.parallel.ipynb #08c0e6f7
+# %% ../../nbs/44_train.parallel.ipynb #e1d426f3
 def shard(
     model: nn.Module,     # With or without a list called `blocks`
     device: torch.device, # Where it is
@@ -279,6 +279,8 @@ def shard(
     except ImportError:
         raise ImportError(f"fsdp needs torch 2.6 or newer, this is {torch.__version__}") from None
     from torch.distributed.device_mesh import init_device_mesh
+    for x in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(x.detach(), 0)  # all begin with the weights of process 0, as in DDP
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in getattr(model, "blocks", []):
         fully_shard(block, mesh=mesh)
