@@ -493,7 +493,7 @@ def enter(
     source = facts.get("tokenizer", {}).get("source") or real_source(settings.data)
     stack.enter_context(locked(folder))
     write_json(folder / "config.json", {"settings": asdict(settings)})
-    return settings, facts, source
+    return settings, read_json(folder / "stages.json"), source
 
 # %% ../../nbs/94_ship.run.ipynb #5f192421
 def take_stages(
