@@ -86,6 +86,7 @@ def dial_preset(
     config = GPTConfig(min(vocab_size, 32_768), d.context_length, d.d_model, depth, d.n_heads)
     return Preset(f"depth {depth}", config, d.batch_size)
 
+# %% ../../nbs/45_train.plan.ipynb #d4ba8225
 def change(
     preset: Preset, # Stays as it is
     changes: dict,  # Name of a number -> what it shall be; None changes nothing
@@ -97,6 +98,9 @@ def change(
     if "d_model" in sizes and "n_heads" not in sizes:
         d_head = preset.model.d_model // preset.model.n_heads
         sizes["n_heads"] = max(1, round(sizes["d_model"] / d_head))
+    if "n_heads" in sizes and preset.model.n_kv_heads:  # as many heads share keys, or fewer
+        few = sizes["n_heads"] * preset.model.n_kv_heads // preset.model.n_heads
+        sizes["n_kv_heads"] = max(k for k in range(1, max(1, few) + 1) if sizes["n_heads"] % k == 0)
     if "minutes" in ours or "steps" in ours:
         ours = {"minutes": None, "steps": None, **ours}
     return replace(preset, model=replace(preset.model, **sizes), **ours)
