@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINES = [f"The {a} {b} the {c}.\n" for a in ("cat", "dog", "hen", "old king") for b in ("saw", "fed", "lost")
          for c in ("mouse", "moon", "ball", "house")]
 SIZES = ["--preset", "tiny", "--layers", "1", "--width", "32", "--context", "64", "--batch-size", "4",
-         "--steps", "120", "--vocab-size", "300", "--device", "cpu"]
+         "--steps", "120", "--vocab-size", "300", "--device", "cpu", "--lr", "0.005", "--lr-matrix", "0.01"]
 posix = pytest.mark.skipif(os.name == "nt", reason="torchrun and signals as Linux and macOS have them")
 
 
@@ -54,10 +54,10 @@ def losses(run, key="valid"):
 
 
 def same_losses(run, other, key="valid"):
-    "To 0.2 % at the beginning; rounding errors grow while a model trains, so to 3 % at the end."
+    "To 0.2 % at the beginning; rounding errors grow while a model trains, so to 1 % at the end."
     here, there = losses(run, key), losses(other, key)
     assert here[:2] == pytest.approx(there[:2], rel=2e-3)
-    assert here == pytest.approx(there, rel=3e-2)
+    assert here == pytest.approx(there, rel=1e-2)
 
 
 @pytest.fixture(scope="module")
