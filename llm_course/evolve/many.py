@@ -42,7 +42,7 @@ class Exchange:
         "The workers that share a generation: all, until a decision says otherwise."
         return (self.decision(generation - 1) or (0, list(range(self.workers))))[1]
 
-# %% ../../nbs/62_evolve.many.ipynb #8014a4ad
+# %% ../../nbs/62_evolve.many.ipynb #829cca33
 def waiting(
     exchange: Exchange, # Of any worker
 ) -> list[int]:         # Ranks
@@ -57,7 +57,7 @@ def own_rows(
     population: int,    # P
     block: int,         # Individuals that are evaluated together
 ) -> list[slice]:       # Rows of the population
-    "The blocks that a worker evaluates: every so manieth."
+    "The blocks that a worker evaluates: handed out to the members in turn."
     first = range(members.index(rank) * block, population, len(members) * block)
     return [slice(i, min(i + block, population)) for i in first]
 

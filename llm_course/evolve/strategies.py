@@ -135,7 +135,7 @@ class LowRankNoise:
         parts = [torch.einsum("p,pro,pri->oi", weights, f.left, f.right) for f in factors(noise)]
         return torch.cat([p.flatten() for p in parts])
 
-# %% ../../nbs/61_evolve.strategies.ipynb #8cd86443
+# %% ../../nbs/61_evolve.strategies.ipynb #e2b3edfc
 class CMARates(NamedTuple):
     "How fast each part of CMA-ES learns."
     weights: Tensor  # Of the individuals, best first; the worse half's are negative, (P,)
@@ -150,7 +150,7 @@ def cma_rates(
     n: int,          # N, dimension
     population: int, # P
     diagonal: bool,  # Only the diagonal of the covariance?
-) -> CMARates:       # As in tables 1 of Hansen's tutorial
+) -> CMARates:       # As in table 1 of Hansen's tutorial
     "The rates for a dimension and a population (arXiv:1604.00772)."
     raw = math.log((population + 1) / 2) - torch.arange(1, population + 1).double().log()
     good, bad = raw.clamp(min=0), (-raw).clamp(min=0)
