@@ -24,7 +24,6 @@ from llm_course.evolve.search import (
     evolve,
     flatten,
     low_rank,
-    loss_by_loop,
     one_by_one,
     part,
     population_loss,
@@ -315,7 +314,7 @@ def test_all_ways_agree(style, threads, population):
         torch.set_num_threads(threads)
         for rows, length in ((1, 4), (30, 16)):  # with shared products, and in several chunks
             tokens = torch.randint(17, (2, rows, length), generator=g)
-            want = loss_by_loop(model, crowd, *tokens)
+            want = population_loss(model, crowd, *tokens, how="loop")
             assert torch.allclose(population_loss(model, crowd, *tokens), want, atol=1e-4)
             assert torch.allclose(population_loss(model, dense(crowd), *tokens), want, atol=1e-4)
             assert torch.get_num_threads() == threads

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STATE', 'WAYS', 'TOKENS_AT_ONCE', 'flatten', 'shapes_of', 'as_params', 'LowRank', 'low_rank', 'Factors', 'factors',
            'count', 'part', 'dense', 'Strategy', 'generation_rng', 'RandomSearch', 'HillClimb', 'choose', 'cross', 'GA',
-           'breed', 'ScoreError', 'one_by_one', 'History', 'evolve', 'nats', 'loss_by_stack', 'loss_by_vmap',
-           'loss_by_loop', 'ManyLinear', 'ManyEmbedding', 'ManyNorm', 'many_of', 'Stack', 'stack_of', 'population_loss']
+           'breed', 'ScoreError', 'one_by_one', 'History', 'evolve', 'nats', 'ManyLinear', 'ManyEmbedding', 'ManyNorm',
+           'many_of', 'Stack', 'stack_of', 'population_loss']
 
-# %% ../../nbs/60_evolve.search.ipynb #53f3cf07
+# %% ../../nbs/60_evolve.search.ipynb #5aa7e2d0
 import copy, inspect, math, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from ..core import locked
+from ..model.block import relu2
 from ..train.loop import keep_memory, read_checkpoint, write_checkpoint
 
 # %% ../../nbs/60_evolve.search.ipynb #0287d674
@@ -638,7 +639,7 @@ def _step(run: _Run, watch: Callable | None) -> None:
     if watch:
         watch(s, scores)
 
-# %% ../../nbs/60_evolve.search.ipynb #3986a00e
+# %% ../../nbs/60_evolve.search.ipynb #cab88325
 def nats(
     logits: Tensor,  # (P, B, T, V)
     targets: Tensor, # (B, T)
@@ -649,38 +650,23 @@ def nats(
                              reduction="none")
     return losses.view(P, -1).mean(dim=1)
 
-def loss_by_stack(
-    model: nn.Module,             # tokens (B, T) -> logits (B, T, V)
-    candidates: Tensor | LowRank, # (P, N), or low-rank
-    tokens: Tensor,               # (B, T)
-    targets: Tensor,              # (B, T)
-) -> Tensor:                      # (P,), nats per token
-    "Losses in one pass of the stack."
-    return nats(stack_of(model)(candidates, tokens), targets)
-
-# %% ../../nbs/60_evolve.search.ipynb #f24233a9
-def loss_by_vmap(
-    model: nn.Module,             # tokens (B, T) -> logits (B, T, V)
-    candidates: Tensor | LowRank, # (P, N), or low-rank
-    tokens: Tensor,               # (B, T)
-    targets: Tensor,              # (B, T)
-) -> Tensor:                      # (P,), nats per token
-    "Losses by torch's own way to run a function for many parameters at once."
-    run = vmap(lambda params: functional_call(model, params, (tokens,)))
-    return nats(run(as_params(model, dense(candidates))), targets)
-
-def loss_by_loop(
-    model: nn.Module,             # tokens (B, T) -> logits (B, T, V)
-    candidates: Tensor | LowRank, # (P, N), or low-rank
-    tokens: Tensor,               # (B, T)
-    targets: Tensor,              # (B, T)
-) -> Tensor:                      # (P,), nats per token
-    "Losses of one model after the other."
+# %% ../../nbs/60_evolve.search.ipynb #6368cc31
+def _by_loop(model: nn.Module, candidates: Tensor | LowRank, tokens: Tensor, targets: Tensor):
+    "Losses (P,) of one model after the other."
     params = as_params(model, dense(candidates))
     one = [{name: p[i] for name, p in params.items()} for i in range(count(candidates))]
     return torch.cat([nats(functional_call(model, p, (tokens,))[None], targets) for p in one])
 
-# %% ../../nbs/60_evolve.search.ipynb #17784b00
+def _by_vmap(model: nn.Module, candidates: Tensor | LowRank, tokens: Tensor, targets: Tensor):
+    "Losses (P,) by torch's own way to run a function for many parameters at once."
+    run = vmap(lambda params: functional_call(model, params, (tokens,)))
+    return nats(run(as_params(model, dense(candidates))), targets)
+
+def _by_stack(model: nn.Module, candidates: Tensor | LowRank, tokens: Tensor, targets: Tensor):
+    "Losses (P,) in one pass of a `Stack`, which comes below."
+    return nats(stack_of(model)(candidates, tokens), targets)
+
+# %% ../../nbs/60_evolve.search.ipynb #8662cb1d
 class ManyLinear(nn.Module):
     "P linear layers side by side; (P * B, ..., I) -> (P * B, ..., O)."
     weight = bias = None  # (P, O, I) or `Factors`, and (P, O): given anew for every population
@@ -693,9 +679,11 @@ class ManyLinear(nn.Module):
         if isinstance(w, Factors):
             y = (flat @ w.base.t()).view(P, own.shape[1], -1)
             y.baddbmm_(own @ w.right.transpose(1, 2), w.left)
-        else:
+            y = y if self.bias is None else y.add_(self.bias[:, None])
+        elif self.bias is None:
             y = own @ w.transpose(1, 2)
-        y = y if self.bias is None else y.add_(self.bias[:, None])
+        else:
+            y = torch.baddbmm(self.bias[:, None], own, w.transpose(1, 2))
         return y.view(*x.shape[:-1], -1)
 
 # %% ../../nbs/60_evolve.search.ipynb #8d146cb2
@@ -729,7 +717,11 @@ class ManyNorm(nn.Module):
         y = self.plain(x).view(len(self.weight), -1, x.shape[-1]) * self.weight[:, None]
         return (y if self.bias is None else y + self.bias[:, None]).view(x.shape)
 
-# %% ../../nbs/60_evolve.search.ipynb #61544378
+# %% ../../nbs/60_evolve.search.ipynb #39de9da9
+def _relu2_in_place(x: Tensor) -> Tensor:
+    "No gradient needs the values before: a new tensor would be written only to be read once."
+    return x.relu_().square_()
+
 def many_of(
     layer: nn.Module,     # One layer
 ) -> nn.Module | None:    # The layer for many models, or None for any other kind
@@ -751,7 +743,7 @@ def _put_in(
     owner, _, last = name.rpartition(".")
     setattr(model.get_submodule(owner), last, layer)
 
-# %% ../../nbs/60_evolve.search.ipynb #3a5938fe
+# %% ../../nbs/60_evolve.search.ipynb #c1471544
 class Stack(nn.Module):
     "Many models with the architecture of one, in one pass. Raises `TypeError` if it cannot be."
     def __init__(
@@ -761,6 +753,9 @@ class Stack(nn.Module):
         super().__init__()
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.shapes, self.inner, self.layers = shapes_of(model), copy.deepcopy(model).eval(), {}
+        for layer in self.inner.modules():
+            if getattr(layer, "bend", None) is relu2:
+                layer.bend = _relu2_in_place
         for name, layer in model.named_modules():
             own = dict(layer.named_parameters(recurse=False))
             if own and not (many := many_of(layer)):
@@ -814,8 +809,8 @@ def stack_of(
     except TypeError:
         return None
 
-# %% ../../nbs/60_evolve.search.ipynb #7d9a24c8
-WAYS = {"stack": loss_by_stack, "vmap": loss_by_vmap, "loop": loss_by_loop}
+# %% ../../nbs/60_evolve.search.ipynb #d60643a9
+WAYS = {"stack": _by_stack, "vmap": _by_vmap, "loop": _by_loop}
 TOKENS_AT_ONCE = 4096  # of all models together: what they make of them stays in the cache
 
 @torch.no_grad()
