@@ -25,7 +25,7 @@ from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
 from llm_course.train.loop import keep_memory
 
-ROUNDS, POPULATION, VOCAB, CONTEXT, SIGMA = 7, 256, 56, 32, 0.05
+ROUNDS, POPULATION, VOCAB, CONTEXT, SIGMA = 5, 256, 56, 32, 0.05
 STYLE = Style(norm="rms-plain", position="none", activation="relu2", bias=True, init="small")
 SIZES = (32, 128, 512, 2048)
 
