@@ -8,8 +8,8 @@ __all__ = ['STATE', 'WAYS', 'TOKENS_AT_ONCE', 'flatten', 'shapes_of', 'as_params
            'breed', 'ScoreError', 'one_by_one', 'History', 'evolve', 'nats', 'ManyLinear', 'ManyEmbedding', 'ManyNorm',
            'many_of', 'Stack', 'stack_of', 'population_loss']
 
-# %% ../../nbs/60_evolve.search.ipynb #5aa7e2d0
-import copy, inspect, math, sys, time
+# %% ../../nbs/60_evolve.search.ipynb #3b01e935
+import copy, inspect, math, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
@@ -650,7 +650,7 @@ def nats(
                              reduction="none")
     return losses.view(P, -1).mean(dim=1)
 
-# %% ../../nbs/60_evolve.search.ipynb #6368cc31
+# %% ../../nbs/60_evolve.search.ipynb #4bcfa41e
 def _by_loop(model: nn.Module, candidates: Tensor | LowRank, tokens: Tensor, targets: Tensor):
     "Losses (P,) of one model after the other."
     params = as_params(model, dense(candidates))
@@ -660,7 +660,9 @@ def _by_loop(model: nn.Module, candidates: Tensor | LowRank, tokens: Tensor, tar
 def _by_vmap(model: nn.Module, candidates: Tensor | LowRank, tokens: Tensor, targets: Tensor):
     "Losses (P,) by torch's own way to run a function for many parameters at once."
     run = vmap(lambda params: functional_call(model, params, (tokens,)))
-    return nats(run(as_params(model, dense(candidates))), targets)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # that is measured here
+        return nats(run(as_params(model, dense(candidates))), targets)
 
 def _by_stack(model: nn.Module, candidates: Tensor | LowRank, tokens: Tensor, targets: Tensor):
     "Losses (P,) in one pass of a `Stack`, which comes below."
