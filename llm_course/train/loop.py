@@ -24,8 +24,8 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from ..core import (
     atomic_write, fenced, locked, pick_dtype, random_state, set_random_state)
@@ -412,11 +412,12 @@ def read_checkpoint(
     path: str | Path,   # What `write_checkpoint` wrote
 ) -> tuple[dict, dict]: # Tensors, facts
     "Read a checkpoint. Raises `ValueError` for a file that is cut off, damaged or foreign."
+    content = Path(path).read_bytes()  # at once: the file may be replaced while we read
     try:
-        with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, RuntimeError, ValueError) as error:
+        tensors = load(content)
+        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+        metadata = header.get("__metadata__", {})
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged or not a checkpoint ({error})") from None
     kind = metadata.get("kind", "")
     if not kind.startswith("llm-course checkpoint"):
