@@ -11,6 +11,7 @@ __all__ = ['PEAKS', 'Parts', 'widths', 'count_parts', 'keeps_weights', 'norm_byt
 # %% ../../nbs/43_train.scale.ipynb #05163582
 import ctypes, os, shutil, sys, time, weakref
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
@@ -345,6 +346,9 @@ def memory_used(
         return torch.mps.driver_allocated_memory()
     if sys.platform == "win32":
         return _windows_peak()
+    if sys.platform == "linux":  # ru_maxrss would count what the parent had before the start
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
     import resource
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
