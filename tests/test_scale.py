@@ -163,7 +163,7 @@ def test_the_memory_of_this_process():
     )
     before, with_it, after = map(int, run.stdout.split())
     assert 6e8 < with_it - before < 1e9, (before, with_it)
-    assert after >= with_it  # a peak does not fall
+    assert after > 0.99 * with_it  # a peak does not fall; Linux counts in steps
 
 
 # --- Recomputing --------------------------------------------------------------------------------
