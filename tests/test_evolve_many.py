@@ -8,6 +8,7 @@ middle goes on where it was.
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -156,7 +157,7 @@ def torchrun(tmp_path, n: int, *more: str, die: int = -1) -> list:
         command, capture_output=True, text=True, encoding="utf-8", env=environment(), timeout=300
     )
     assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(found) for found in re.findall(r"{.*?}", result.stdout)]  # lines may merge
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo under torchrun needs POSIX here")
