@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from ..model.gpt import GPTConfig, flops_per_token
 from .parallel import SHARE
+from .scale import count_parts
 
 # %% ../../nbs/46_train.cluster.ipynb #2d396339
 @dataclass(frozen=True)
@@ -26,11 +27,9 @@ class Plan:
 
 def n_parameters(
     config: GPTConfig, # Sizes and style
-) -> int:              # Matrices and embeddings; the small vectors are left out
+) -> int:              # All that is learned
     "Parameters of a model that may be too large to be made."
-    c, T = config, config.context_length
-    products = flops_per_token(c, training=False) // 2 - 2 * c.n_layers * c.d_model * T
-    return products + (0 if c.style.tied_head else c.vocab_size * c.d_model)
+    return sum(count_parts(config))
 
 def rows_per_copy(
     plan: Plan, # How a step is shared

@@ -697,7 +697,7 @@ def lost_process(
 
 # %% ../../nbs/41_train.loop.ipynb #a527644f
 def keep_memory() -> None:
-    "Let Linux's C library keep freed memory for the next step: saves 10 to 20 % on a CPU."
+    "Let Linux's C library keep freed memory for the next step: about 5 % on a CPU, see the ladder."
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL(None)
