@@ -1,0 +1,152 @@
+"""Lesson 72: losses against the textbook formulas under autograd, estimators, and tuning."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_course.align.policy import (
+    AdaptiveKL,
+    Outlook,
+    average,
+    gae,
+    group_advantages,
+    grpo_loss,
+    kl_estimates,
+    ppo_loss,
+)
+
+
+def random_batch(seed: int, B: int = 4, T: int = 6) -> tuple:
+    "Log-probabilities now, then and under the reference, and a mask of answers of any lengths."
+    g = torch.Generator().manual_seed(seed)
+    now, then, reference = (-3 * torch.rand(3, B, T, generator=g)).unbind()
+    lengths = torch.randint(1, T + 1, (B, 1), generator=g)
+    return now.requires_grad_(), then, reference, torch.arange(T) < lengths
+
+
+def rows(mask: torch.Tensor) -> list:
+    "The (row, column) pairs that count, row by row."
+    return [[(i, t) for t in range(len(row)) if row[t]] for i, row in enumerate(mask)]
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1), st.sampled_from([0.5, 0.9, 1.0]))
+@settings(max_examples=30, deadline=None)
+def test_gae_is_the_faded_sum_of_surprises(seed, lam, gamma):
+    g = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, 3, 5, generator=g).unbind()
+    *_, mask = random_batch(seed, 3, 5)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for row in rows(mask):
+        n, i = len(row), row[0][0]
+        after = [*values[i, 1:n].tolist(), 0.0]
+        delta = [rewards[i, t] + gamma * after[t] - values[i, t] for t in range(n)]
+        for t in range(n):
+            expected = sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, n))
+            assert math.isclose(advantages[i, t], expected, abs_tol=1e-5)
+    assert torch.allclose(returns, (advantages + values) * mask, atol=1e-6)
+    assert (advantages[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("normalise", ["token", "sequence", "constant"])
+def test_grpo_loss_equals_the_formula_written_out(seed, normalise):
+    now, then, reference, mask = random_batch(seed)
+    advantages = torch.randn(4, generator=torch.Generator().manual_seed(seed))
+    loss = grpo_loss(now, then, advantages, mask, reference, 0.1, 0.2, normalise, constant=5.0)
+    (gradient,) = torch.autograd.grad(loss, now)
+    copy = now.detach().clone().requires_grad_()
+    sums = []
+    for i, row in enumerate(rows(mask)):
+        terms = []
+        for _, t in row:
+            ratio = torch.exp(copy[i, t]) / torch.exp(then[i, t])
+            gain = ratio * advantages[i]
+            if ratio > 1.2:
+                gain = torch.min(gain, 1.2 * advantages[i])
+            if ratio < 0.8:
+                gain = torch.min(gain, 0.8 * advantages[i])
+            rho = torch.exp(reference[i, t]) / torch.exp(copy[i, t])
+            terms.append(gain - 0.1 * (rho - torch.log(rho) - 1))
+        sums.append((sum(terms), len(terms)))
+    if normalise == "token":
+        expected = -sum(s for s, _ in sums) / sum(n for _, n in sums)
+    elif normalise == "sequence":
+        expected = -sum(s / n for s, n in sums) / len(sums)
+    else:
+        expected = -sum(s for s, _ in sums) / (len(sums) * 5.0)
+    (wanted,) = torch.autograd.grad(expected, copy)
+    assert torch.allclose(loss, expected, atol=1e-5)
+    assert torch.allclose(gradient, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ppo_loss_equals_the_formula_written_out(seed):
+    now, then, _, mask = random_batch(seed)
+    g = torch.Generator().manual_seed(seed + 100)
+    values, before, returns, advantages, entropy = torch.randn(5, 4, 6, generator=g).unbind()
+    values.requires_grad_()
+    new, old = Outlook(now, entropy.abs(), values), Outlook(then, values=before)
+    loss = ppo_loss(new, old, advantages, returns, mask, 0.2, 0.5, 0.01)
+    gradients = torch.autograd.grad(loss.total, [now, values])
+    terms = []
+    for i, t in sum(rows(mask), []):
+        ratio, a = torch.exp(now[i, t] - then[i, t]), advantages[i, t]
+        policy = -torch.min(ratio * a, torch.clamp(ratio, 0.8, 1.2) * a)
+        held = torch.clamp(values[i, t], before[i, t] - 0.2, before[i, t] + 0.2)
+        error = torch.max((values[i, t] - returns[i, t]) ** 2, (held - returns[i, t]) ** 2)
+        terms.append(policy + 0.5 * 0.5 * error - 0.01 * entropy[i, t].abs())
+    expected = sum(terms) / len(terms)
+    wanted = torch.autograd.grad(expected, [now, values])
+    assert torch.allclose(loss.total, expected, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, wanted))
+
+
+def test_pads_can_hold_anything():
+    now, then, reference, mask = random_batch(1)
+    spoilt = [x.detach().masked_fill(~mask, math.nan) for x in (now, then, reference)]
+    advantages = torch.tensor([1.0, -1, 0.5, 2])
+    plain = grpo_loss(now, then, advantages, mask, reference)
+    assert torch.allclose(grpo_loss(*spoilt[:2], advantages, mask, spoilt[2]), plain)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_estimators_agree_with_the_exact_divergence(seed):
+    g = torch.Generator().manual_seed(seed)
+    p = torch.distributions.Categorical(logits=torch.randn(50, generator=g))
+    q = torch.distributions.Categorical(logits=p.logits + 0.3 * torch.randn(50, generator=g))
+    exact = torch.distributions.kl_divergence(p, q)
+    every = torch.arange(50)
+    k = kl_estimates(p.log_prob(every), q.log_prob(every))
+    assert torch.allclose(p.probs @ k.k1, exact, atol=1e-5)
+    assert torch.allclose(p.probs @ k.k3, exact, atol=1e-5)
+    assert (k.k2 >= 0).all() and (k.k3 >= 0).all() and (k.k1 < 0).any()
+    assert p.probs @ k.k3.square() < p.probs @ k.k1.square()
+
+
+def test_group_advantages_have_mean_zero_and_survive_equal_rewards():
+    rewards = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    advantages = group_advantages(rewards, 6).view(4, 6)
+    assert torch.allclose(advantages.mean(dim=1), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(advantages.std(dim=1), torch.ones(4), atol=1e-3)
+    assert (group_advantages(torch.full((6,), 3.0), 3) == 0).all()
+    shifted = group_advantages(7 * rewards + 100, 6)
+    assert torch.allclose(shifted, advantages.flatten(), atol=1e-2)
+
+
+def test_the_coefficient_finds_its_target():
+    leash, kl = AdaptiveKL(0.01, target=5.0, horizon=500), 0.0
+    for _ in range(400):
+        kl = 0.5 / leash.coefficient  # a policy that goes further the looser the leash
+        leash.update(kl, n=64)
+    assert math.isclose(kl, 5.0, rel_tol=0.02)
+
+
+def test_an_average_of_nothing_is_zero_and_has_a_gradient():
+    x = torch.ones(2, 3, requires_grad=True)
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    for how in ("token", "sequence", "constant"):
+        average(x, nothing, how).backward()
+    assert (x.grad == 0).all()
