@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['KIND', 'Judgement', 'append_line', 'read_judgements', 'next_question', 'SelfAgreement', 'self_agreement', 'Judge',
            'question_html', 'judge_note', 'judge_panel', 'bradley_terry_loss', 'Score', 'RewardModel', 'Choice',
-           'pad_rows', 'render_answer', 'EncodedPairs', 'encode_pairs', 'PairBatches', 'pair_batch', 'plan_pass',
-           'score_rows', 'as_reward', 'margins', 'train_reward', 'centre', 'save_reward', 'load_reward']
+           'pad_rows', 'render_answer', 'EncodedPairs', 'encode_pairs', 'group_wins', 'pair_batch', 'plan_pass',
+           'PairBatches', 'score_rows', 'as_reward', 'margins', 'train_reward', 'centre', 'save_reward', 'load_reward']
 
-# %% ../../nbs/71_align.reward.ipynb #839233c9
+# %% ../../nbs/71_align.reward.ipynb #87cca5a6
 import html, json, math, os, zlib
 from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 import torch
@@ -264,7 +265,7 @@ class RewardModel(nn.Module):
         "The score of the text up to each of the `tokens`, (B, T) -> (B, T)."
         return self.body(tokens)[..., 0] - self.mean
 
-# %% ../../nbs/71_align.reward.ipynb #22b87d44
+# %% ../../nbs/71_align.reward.ipynb #529a415c
 class Choice(nn.Module):
     "Answers to choose from -> logits of the choice: what `train` can train."
     def __init__(
@@ -275,20 +276,21 @@ class Choice(nn.Module):
         self.model, self.config = model, model.config
 
     def forward(self, tokens: Tensor) -> Tensor:
-        "Scores of K texts a row, padded by -1; (B, K, T) -> (B, 1, K)."
+        "Scores of every two of K answers; (B, K, T), -1 after the end -> (B, K (K - 1) / 2, 2)."
         B, K, T = tokens.shape
         flat = tokens.view(B * K, T)
-        scores = self.model(flat.clamp_min(0), (flat >= 0).sum(dim=1))
-        return scores.view(B, 1, K)
+        scores = self.model(flat.clamp_min(0), (flat >= 0).sum(dim=1)).view(B, K)
+        first, second = torch.triu_indices(K, K, 1, device=tokens.device)
+        return torch.stack([scores[:, first], scores[:, second]], dim=-1)
 
-# %% ../../nbs/71_align.reward.ipynb #e8228d2a
+# %% ../../nbs/71_align.reward.ipynb #25520e83
 def pad_rows(
-    rows: list[list[int]], # Token lists
+    rows: list,     # Token lists or tuples
     fill: int = -1,        # What stands after the end of a row
 ) -> Tensor:               # (B, T)
     "Token lists as one tensor."
     longest = max(map(len, rows))
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
 def render_answer(
     tokenizer,            # Has the chat tokens
@@ -300,10 +302,10 @@ def render_answer(
     reply = {"role": "assistant", "content": answer}
     return list(render(tokenizer, [*messages, reply]).tokens)[-longest:]
 
-# %% ../../nbs/71_align.reward.ipynb #9ae6ec99
+# %% ../../nbs/71_align.reward.ipynb #b2f1e330
 class EncodedPairs(NamedTuple):
     "Comparisons as tokens, and what was left out."
-    rows: list     # (chosen, rejected), each a token list
+    groups: list   # Each (rows, wins): K token lists, and (i, j) for "row i beat row j"
     same: int      # Both answers alike: nothing to learn
     too_long: int  # Did not fit into the model
 
@@ -311,78 +313,92 @@ def encode_pairs(
     pairs: Iterable,  # Each has `messages`, `chosen` and `rejected`
     tokenizer,        # Has the chat tokens
     longest: int,     # Tokens that fit
-) -> EncodedPairs:    # Token lists, and counts of what was left out
+) -> EncodedPairs:    # Comparisons by conversation, and counts of what was left out
     "Turn comparisons into tokens. Raises `ValueError` when none is left."
-    rows, same, too_long = [], 0, 0
+    wins, same, too_long = {}, 0, 0
     for pair in pairs:
-        if pair.chosen == pair.rejected:
-            same += 1
-            continue
-        two = [render_answer(tokenizer, pair.messages, answer, longest + 1)
-               for answer in (pair.chosen, pair.rejected)]
+        two = tuple(tuple(render_answer(tokenizer, pair.messages, answer, longest + 1))
+                    for answer in (pair.chosen, pair.rejected))
         fits = max(map(len, two)) <= longest
-        too_long += not fits
-        rows += [tuple(two)] * fits
-    if not rows:
+        same, too_long = same + (two[0] == two[1]), too_long + (not fits)
+        if fits and two[0] != two[1]:
+            wins.setdefault(json.dumps(pair.messages), []).append(two)
+    if not wins:
         raise ValueError(f"no comparison to learn from: {same} have two answers that are alike, "
                          f"{too_long} are longer than {longest} tokens")
-    return EncodedPairs(rows, same, too_long)
+    return EncodedPairs([g for some in wins.values() for g in group_wins(some)], same, too_long)
 
-# %% ../../nbs/71_align.reward.ipynb #5597f08c
+# %% ../../nbs/71_align.reward.ipynb #bebbdf13
+def group_wins(
+    wins: list,     # (chosen, rejected), each a tuple of tokens; all of one conversation
+    most: int = 8,  # Answers in a group
+) -> list[tuple]:   # Groups (rows, wins); see `EncodedPairs`
+    "One group if each answer was compared once with each other one, else a group for each pair."
+    rows = list(dict.fromkeys(row for two in wins for row in two))
+    n_pairs = len(rows) * (len(rows) - 1) // 2
+    if len({frozenset(two) for two in wins}) == len(wins) == n_pairs and len(rows) <= most:
+        number = {row: i for i, row in enumerate(rows)}
+        return [(rows, [(number[a], number[b]) for a, b in wins])]
+    return [(list(two), [(0, 1)]) for two in wins]
+
+# %% ../../nbs/71_align.reward.ipynb #a3e8b51d
+def pair_batch(
+    groups: list, # (rows, wins), all with K rows
+) -> tuple[Tensor, Tensor]: # Tokens (B, K, T), -1 after the end; targets (B, K (K - 1) / 2)
+    "Comparisons as tensors: target 0 where the first of two answers won, 1 where the second."
+    tokens = pad_rows([list(row) for rows, _ in groups for row in rows])
+    K = len(groups[0][0])
+    order = list(combinations(range(K), 2))  # as in `Choice`
+    targets = [[0 if two in wins else 1 for two in order] for _, wins in groups]
+    return tokens.view(len(groups), K, -1), torch.tensor(targets)
+
+def plan_pass(
+    groups: list,    # From `encode_pairs`
+    batch_size: int, # Answers in a batch
+    seed: int,       # Another seed, another order
+    mix: int = 16,   # Batches that are sorted by length together
+) -> list[list[int]]: # Numbers of the groups of each batch
+    "Shuffle; sort by size and, within large pieces, by length; shuffle the batches."
+    g, plan = torch.Generator().manual_seed(seed), []
+    order = torch.randperm(len(groups), generator=g).tolist()
+    for K in sorted({len(rows) for rows, _ in groups}):
+        some, B = [i for i in order if len(groups[i][0]) == K], max(1, batch_size // K)
+        for start in range(0, len(some), mix * B):
+            piece = some[start:start + mix * B]
+            piece.sort(key=lambda i: max(map(len, groups[i][0])))
+            plan += [piece[i:i + B] for i in range(0, len(piece), B)]
+    return [plan[i] for i in torch.randperm(len(plan), generator=g)]
+
+# %% ../../nbs/71_align.reward.ipynb #5d0432f0
 class PairBatches:
     "Endless batches of comparisons, of about equal length; each pass has an order of its own."
     def __init__(
         self,
-        rows: list,           # From `encode_pairs`
-        batch_size: int = 64, # B, comparisons in a batch
-        seed: int = 0,        # Another seed, another order
+        groups: list,          # From `encode_pairs`
+        batch_size: int = 64,  # Answers in a batch
+        seed: int = 0,         # Another seed, another order
     ):
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.epoch, self.number, self._plan = 0, 0, (None, [])
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)  # batches in one pass
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.load_state_dict({"epoch": 0, "number": 0, "n": len(groups)})
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        if self._plan[0] != self.epoch:
-            self._plan = self.epoch, plan_pass(self)
-        batch = pair_batch([self.rows[i] for i in self._plan[1][self.number]])
+        batch = pair_batch([self.groups[i] for i in self.plan[self.number]])
         self.number += 1
-        if self.number == len(self):
-            self.epoch, self.number = self.epoch + 1, 0
+        if self.number == len(self.plan):
+            self.load_state_dict({"epoch": self.epoch + 1, "number": 0, "n": len(self.groups)})
         return batch
 
     def state_dict(self) -> dict:
         "Where it is; JSON can hold it."
-        return {"epoch": self.epoch, "number": self.number, "n": len(self.rows)}
+        return {"epoch": self.epoch, "number": self.number, "n": len(self.groups)}
 
     def load_state_dict(self, state: dict) -> None:
         "Go on from there. Raises `ValueError` if the comparisons are others."
-        if state["n"] != len(self.rows):
-            raise ValueError(f"saved with {state['n']} comparisons, now there are {len(self.rows)}")
+        n = len(self.groups)
+        if state["n"] != n:
+            raise ValueError(f"saved with {state['n']} groups of comparisons, now there are {n}")
         self.epoch, self.number = state["epoch"], state["number"]
-
-# %% ../../nbs/71_align.reward.ipynb #80c1cd21
-def pair_batch(
-    rows: list, # (chosen, rejected), each a token list
-) -> tuple[Tensor, Tensor]: # Tokens (B, 2, T), -1 after the end; targets (B, 1), all 0
-    "Comparisons as tensors; the preferred answer comes first."
-    tokens = pad_rows([row for two in rows for row in two])
-    return tokens.view(len(rows), 2, -1), torch.zeros(len(rows), 1, dtype=torch.long)
-
-def plan_pass(
-    batches: PairBatches, # Knows its seed and its pass
-    mix: int = 16,        # Batches that are sorted by length together
-) -> list[list[int]]:     # Numbers of the rows of each batch
-    "Shuffle; sort by length within large pieces, so that little is padding; shuffle the batches."
-    b, n = batches, len(batches.rows)
-    g = torch.Generator().manual_seed(1000003 * b.seed + b.epoch)
-    order, size = torch.randperm(n, generator=g).tolist(), b.batch_size
-    for start in range(0, n, mix * size):
-        piece = slice(start, start + mix * size)
-        order[piece] = sorted(order[piece], key=lambda i: max(map(len, b.rows[i])))
-    plan = [order[i:i + size] for i in range(0, n, size)]
-    return [plan[i] for i in torch.randperm(len(plan), generator=g)]
+        self.plan = plan_pass(self.groups, self.batch_size, 1000003 * self.seed + self.epoch)
 
 # %% ../../nbs/71_align.reward.ipynb #73d4b491
 @torch.no_grad()
@@ -429,14 +445,14 @@ def margins(
     chosen, rejected = reward([p.messages for p in pairs] * 2, both).chunk(2)
     return chosen - rejected
 
-# %% ../../nbs/71_align.reward.ipynb #38ea4a84
+# %% ../../nbs/71_align.reward.ipynb #55b653bb
 def train_reward(
     model: RewardModel,          # Trained in place
     tokenizer,                   # Has the chat tokens
     pairs: Iterable,             # Each has `messages`, `chosen` and `rejected`
     epochs: float = 1.0,         # Passes over the pairs; many of them overfit
     minutes: float | None = None,# Instead: how long
-    batch_size: int = 64,        # Comparisons in a step
+    batch_size: int = 64,        # Answers in a step
     lr_matrix: float | None = 0.005, # Muon's, far below pretraining's; None: AdamW for all
     lr: float = 0.001,           # AdamW's, for embeddings, vectors and the score
     valid: Iterable = (),        # Comparisons to look at on the way
@@ -445,23 +461,23 @@ def train_reward(
 ) -> Progress:                   # Losses in nats per comparison
     "Fit scores to choices. At the end, 0 is the mean score of the answers in `pairs`."
     longest, valid = model.config.context_length, list(valid)
-    rows = encode_pairs(pairs, tokenizer, longest).rows
-    batches = PairBatches(rows, batch_size, seed)
-    steps = None if minutes else max(1, round(epochs * len(batches)))
+    groups = encode_pairs(pairs, tokenizer, longest).groups
+    batches = PairBatches(groups, batch_size, seed)
+    steps = None if minutes else max(1, round(epochs * len(batches.plan)))
     config = TrainConfig(steps, minutes, lr_matrix, lr, warmup=0.1)
-    looks = encode_pairs(valid, tokenizer, longest).rows if valid else []
-    looks = [pair_batch(looks[i:i + batch_size]) for i in range(0, len(looks), batch_size)]
+    looks = encode_pairs(valid, tokenizer, longest).groups if valid else []
+    looks = [pair_batch([looks[i] for i in some]) for some in plan_pass(looks, batch_size, 0)]
     progress = train(Choice(model), batches, config, looks or None, **more)
-    centre(model, rows[:1000])
+    centre(model, [row for rows, _ in groups[:500] for row in rows])
     return progress
 
-# %% ../../nbs/71_align.reward.ipynb #43186c7b
+# %% ../../nbs/71_align.reward.ipynb #4471c4f5
 def centre(
     model: RewardModel, # Changed in place
-    rows: list,         # (chosen, rejected), each a token list
+    rows: list,         # Token lists
 ) -> None:
     "Let 0 be the mean score: comparisons say nothing about it."
-    model.mean += score_rows(model, [row for two in rows for row in two]).mean()
+    model.mean += score_rows(model, rows).mean().to(model.mean)
 
 # %% ../../nbs/71_align.reward.ipynb #7f4779bb
 KIND = "llm-course reward model 1"  # the number goes up when older code could not read the file
