@@ -303,8 +303,8 @@ def build(
     machine: Machine = Machine(),     # How it is computed
 ) -> dict:                            # The figures of all stages
     "From text to a model and its report card; called again, it goes on where it stopped."
-    stages = {**STAGES, "report": make_report}
-    return take_stages(folder, settings, reporter, machine, stages=stages)
+    return take_stages(folder, settings, reporter, machine,
+                       stages=lambda settings: {**STAGES, "report": make_report})
 
 # %% ../../nbs/96_ship.build.ipynb #d62a4adc
 def export_assets(
