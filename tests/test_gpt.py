@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 
@@ -16,10 +17,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from llm_course.model.attention import attention_maps
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style, hidden_width
 from llm_course.model.embedding import Rope, position_angles
 from llm_course.model.gpt import (
-    GPT, GPTConfig, count_params, enter, flops_per_token, load_model, save_model)
+    GPT, GPTConfig, count_params, enter, flops_per_token, load_model, mark_segments,
+    save_model)
+from llm_course.train.scale import recompute_blocks
 
 STYLES = {"gpt2": GPT2, "llama": LLAMA, "course": COURSE,
           "odd": Style("layer-plain", "sinusoidal", "swiglu", bias=True, qk_norm=True, shift=True)}
@@ -315,3 +319,77 @@ def test_killed_while_saving_leaves_a_whole_file(tmp_path):
             process.kill()
         process.communicate()
         assert load_model(path).config.d_model == 256
+
+
+# --- Several texts in one row -------------------------------------------------------------------
+
+def packed_texts(g, n_rows=2, T=24):
+    "Random tokens, and segments of random lengths with numbers that repeat."
+    tokens = torch.randint(40, (n_rows, T), generator=g)
+    segments = torch.zeros(n_rows, T, dtype=torch.long)
+    for row in segments:
+        for at in torch.randperm(T - 1, generator=g)[:3].tolist():
+            row[at + 1:] = 1 - row[at + 1:]
+    return tokens, segments
+
+
+def alone(model, tokens, segments):
+    "Logits of each text without its neighbours, laid end to end."
+    rows = []
+    for row, numbers in zip(tokens, segments):
+        lengths = torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
+        rows.append(torch.cat([model(text[None])[0] for text in row.split(lengths)]))
+    return torch.stack(rows)
+
+
+@each_style
+@pytest.mark.parametrize("groups, window", [(4, None), (2, 3), (1, 1)])
+def test_packed_texts_do_not_notice_each_other(style, groups, window):
+    model = small(style, n_kv_heads=groups, window=window)
+    tokens, segments = packed_texts(torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = alone(model, tokens, segments)
+        assert torch.allclose(model(tokens, segments), expected, atol=1e-5 * expected.abs().max())
+        low = model.bfloat16()
+        got, expected = low(tokens, segments), alone(low, tokens, segments)
+        assert ((got - expected).norm() / expected.norm()) < 0.02
+
+
+@each_style
+def test_packed_texts_compile_in_one_piece(style):
+    torch.compiler.reset()
+    model = small(style)
+    tokens, segments = packed_texts(torch.Generator().manual_seed(5))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(tokens, segments), model(tokens, segments), atol=1e-4)
+
+
+@each_style
+def test_packed_texts_learn_like_texts_alone(style):
+    "The gradients are the same, also when blocks are computed again in the backward pass."
+    tokens, segments = packed_texts(torch.Generator().manual_seed(4))
+    gradients = []
+    for read in (lambda m: m(tokens, segments), lambda m: alone(m, tokens, segments),
+                 lambda m: recompute_blocks(m)(tokens, segments=segments)):
+        model = small(style).double()
+        F.cross_entropy(read(model)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)  # tables of rotations are float32
+
+
+def test_one_text_a_row_takes_the_same_path_as_ever():
+    assert mark_segments(None) == (None, None, None)
+    model = small(COURSE)
+    maps = attention_maps(model, some_tokens())
+    packed = attention_maps(model, some_tokens(), torch.zeros(2, 24, dtype=torch.long))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(maps, packed, strict=True))
+
+
+def test_blocks_travel_between_processes():
+    "A model can be pickled and copied: token shift or not."
+    for style in (LLAMA, COURSE):
+        again = pickle.loads(pickle.dumps(small(style)))
+        assert torch.equal(again(some_tokens()), small(style)(some_tokens()))

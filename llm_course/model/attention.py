@@ -65,13 +65,17 @@ def attend_plain(
     v: Tensor,                  # Values, (B, G, T_k, D)
     causal: bool = True,        # Hide later positions from earlier ones?
     window: int | None = None,  # How many positions back may be seen
+    mask: Tensor | None = None, # Instead of both: True where looking is allowed, (B, 1, T_q, T_k)
 ) -> Tensor:                    # Mixed values, (B, H, T_q, D)
     "The bare formula, in as few passes over memory as it allows. CPU only."
     shared = q.shape[1] // k.shape[1]
     if shared > 1:
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # scaling q is cheaper: T*D < T*T
-    bias = mask_bias(q.shape[2], k.shape[2], causal, window, q.dtype)
+    if mask is None:
+        bias = mask_bias(q.shape[2], k.shape[2], causal, window, q.dtype)
+    else:  # finite, so that a query that may see nothing makes no NaN
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
     return (scores + bias).softmax(dim=-1) @ v
 
 # %% ../../nbs/31_model.attention.ipynb #650b907b
@@ -85,15 +89,18 @@ def attend(
 ) -> Tensor:                    # Mixed values, (B, H, T_q, D)
     "Average the values, weighted by how well each key matches the query."
     n_queries, n_keys = q.shape[2], k.shape[2]
-    low = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    if mask is None and low and n_keys <= 1024:
+    plain = q.dtype == torch.bfloat16 and q.device.type == "cpu" and n_keys <= 1024
+    if mask is None and plain:
         return attend_plain(q, k, v, causal, window)
     if mask is None and (window is not None or (causal and n_queries != n_keys)):
         mask = look_mask(n_queries, n_keys, causal, window, q.device)
     gqa = q.shape[1] != k.shape[1]
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    if plain:
+        out = attend_plain(q, k, v, mask=mask)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
     return out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
 
 # %% ../../nbs/31_model.attention.ipynb #e0d5be14
@@ -135,11 +142,12 @@ class Attention(nn.Module):
         self.value = nn.Linear(d_model, d_kv, bias)
         self.out = nn.Linear(d_model, d_model, bias)
 
-    def forward(self, x: Tensor, rotate: Callable | None = None) -> Tensor:
-        "Each position looks back over `x`, (B, T, C); `rotate` turns queries and keys by position."
+    def forward(
+        self, x: Tensor, rotate: Callable | None = None, mask: Tensor | None = None) -> Tensor:
+        "Look back over `x`, (B, T, C); see `query_key` for `rotate`, and `attend` for `mask`."
         q, k = query_key(self, x, rotate)
         v = split_heads(self.value(x), self.n_kv_heads)
-        return self.out(join_heads(attend(q, k, v, window=self.window)))
+        return self.out(join_heads(attend(q, k, v, window=self.window, mask=mask)))
 
 # %% ../../nbs/31_model.attention.ipynb #b02ae9a3
 def check_heads(
@@ -173,13 +181,16 @@ def attention_maps(
     "Run `model` once and record where each of its attention layers looks."
     maps = []
 
-    def record(layer, args, kwargs):
-        q, k = query_key(layer, *args, **kwargs)
-        mask = look_mask(q.shape[2], k.shape[2], True, layer.window, q.device)
+    def record(layer, x, rotate=None, mask=None):
+        q, k = query_key(layer, x, rotate)
+        if mask is None:
+            mask = look_mask(q.shape[2], k.shape[2], True, layer.window, q.device)
         maps.append(attention_weights(q, k, mask))
 
     layers = [m for m in model.modules() if isinstance(m, Attention)]
-    hooks = [m.register_forward_pre_hook(record, with_kwargs=True) for m in layers]
+    hooks = [m.register_forward_pre_hook(
+        lambda layer, args, kwargs: record(layer, *args, **kwargs), with_kwargs=True)
+        for m in layers]
     try:
         with torch.no_grad():
             model(*inputs)

@@ -96,11 +96,19 @@ COURSE = Style(norm="rms-plain", activation="relu2", shift=True, init="zero")
 
 # %% ../../nbs/32_model.block.ipynb #6268690c
 def shift_half(
-    x: Tensor, # (B, T, C)
-) -> Tensor:   # (B, T, C)
+    x: Tensor,                   # (B, T, C)
+    first: Tensor | None = None, # True where a text begins, (B, T); by default at position 0 only
+) -> Tensor:                     # (B, T, C)
     "Take the second half of each position's numbers from the position before (arXiv:2305.13048)."
     own, moved = x.chunk(2, dim=-1)
-    return torch.cat([own, F.pad(moved, (0, 0, 1, -1))], dim=-1)
+    moved = F.pad(moved, (0, 0, 1, -1))
+    if first is not None:
+        moved = moved.masked_fill(first[..., None], 0.0)
+    return torch.cat([own, moved], dim=-1)
+
+def _leave(x: Tensor, first: Tensor | None = None) -> Tensor:
+    "What a block without token shift does instead."
+    return x
 
 # %% ../../nbs/32_model.block.ipynb #e78586ca
 class Block(nn.Module):
@@ -121,13 +129,14 @@ class Block(nn.Module):
         self.attention = Attention(d_model, n_heads, n_kv_heads, window, s.bias, s.qk_norm)
         self.norm2 = make_norm(s.norm, d_model, s.norm_eps)
         self.feed_forward = FeedForward(d_model, d_hidden, s.activation, s.bias)
-        self.shift = shift_half if s.shift else nn.Identity()
+        self.shift = shift_half if s.shift else _leave
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, x: Tensor, rotate: Callable | None = None) -> Tensor:
-        "Add two notes to the stream `x`, (B, T, C); `rotate` turns queries and keys by position."
-        x = x + self.drop(self.attention(self.shift(self.norm1(x)), rotate))
-        return x + self.drop(self.feed_forward(self.shift(self.norm2(x))))
+    def forward(self, x: Tensor, rotate: Callable | None = None,
+                mask: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+        "Add two notes to `x`, (B, T, C); see `Attention` for the rest, `shift_half` for `first`."
+        x = x + self.drop(self.attention(self.shift(self.norm1(x), first), rotate, mask))
+        return x + self.drop(self.feed_forward(self.shift(self.norm2(x), first)))
 
 # %% ../../nbs/32_model.block.ipynb #32d2afb9
 def init_block(
