@@ -1,5 +1,6 @@
 """Lesson 72: losses against the textbook formulas under autograd, estimators, and tuning."""
 
+import copy
 import math
 
 import pytest
@@ -10,13 +11,24 @@ from hypothesis import strategies as st
 from llm_course.align.policy import (
     AdaptiveKL,
     Outlook,
+    PolicyConfig,
+    PolicyTuner,
+    answer_kl,
     average,
+    draw_answers,
     gae,
     group_advantages,
     grpo_loss,
     kl_estimates,
+    look_at,
     ppo_loss,
+    tune_policy,
+    tune_step,
 )
+from llm_course.align.sft import add_chat_tokens, say
+from llm_course.model.block import LLAMA
+from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.tokens.bpe import BPETokenizer
 
 
 def random_batch(seed: int, B: int = 4, T: int = 6) -> tuple:
@@ -150,3 +162,141 @@ def test_an_average_of_nothing_is_zero_and_has_a_gradient():
     for how in ("token", "sequence", "constant"):
         average(x, nothing, how).backward()
     assert (x.grad == 0).all()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    "A GPT with random weights, its tokenizer, and a few prompts."
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.train(["good day to you", "yes and no"], 270)
+    model = GPT(GPTConfig(tokenizer.vocab_size, 64, 32, 1, 2, style=LLAMA))
+    tokenizer, model = add_chat_tokens(tokenizer, model)
+    return model, tokenizer, [say("good"), say("yes and"), say("no", "yes", "you"), say("day to")]
+
+
+def vowels(messages: list, answers: list) -> torch.Tensor:
+    "A reward that any program could be: vowels per answer."
+    return torch.tensor([float(sum(c in "aeiou" for c in a)) for a in answers])
+
+
+SMALL = {"batch": 8, "group": 4, "max_new_tokens": 6}
+
+
+def states(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_log_probs_are_those_of_the_whole_text(tiny):
+    model, tokenizer, prompts = tiny
+    r = draw_answers(model, tokenizer, prompts, 2, 6, generator=torch.Generator().manual_seed(0))
+    seen = look_at(model, r)
+    for i in range(len(r.answers)):
+        n, start = int(r.mask[i].sum()), int(r.starts[i])
+        text = r.tokens[i, : start + n]
+        logits = model(text[None])[0].log_softmax(dim=-1)
+        expected = logits[range(start - 1, start + n - 1), text[start:]]
+        assert torch.allclose(seen.log_probs[i, :n], expected, atol=1e-5)
+        assert (seen.log_probs[i, n:] == 0).all() and not r.mask[i, n:].any()
+        p = torch.distributions.Categorical(logits=logits[start - 1 : start + n - 1])
+        assert torch.allclose(seen.entropy[i, :n], p.entropy(), atol=1e-5)
+    assert torch.allclose(seen.log_probs, r.log_probs, atol=1e-4)
+    assert r.messages == [p for p in prompts for _ in range(2)]
+
+
+def test_answer_kl_is_the_sum_of_exact_ones(tiny):
+    model, tokenizer, prompts = tiny
+    torch.manual_seed(1)
+    other = GPT(model.config)
+    r = draw_answers(model, tokenizer, prompts, 2, 6, generator=torch.Generator().manual_seed(0))
+    found = answer_kl(model, other, r)
+    for i in range(len(r.answers)):
+        at = slice(int(r.starts[i]) - 1, int(r.starts[i]) - 1 + int(r.mask[i].sum()))
+        p, q = (
+            torch.distributions.Categorical(logits=m(r.tokens[i : i + 1])[0, at])
+            for m in (model, other)
+        )
+        assert torch.allclose(found[i], torch.distributions.kl_divergence(p, q).sum(), atol=1e-4)
+    assert torch.allclose(answer_kl(model, model, r), torch.zeros(len(r.answers)), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["reinforce", "ppo", "grpo"])
+def test_each_method_raises_a_reward(tiny, method):
+    model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
+    history = tune_policy(
+        model, tokenizer, prompts, vowels, method, steps=30, lr=0.01, kl=0.01, judge=vowels,
+        batch=32, group=4, max_new_tokens=6,
+    )  # fmt: skip
+    first, last = (sum(r["reward"] for r in rows) / 5 for rows in (history[:5], history[-5:]))
+    assert last > first + 0.5
+    assert history[-1]["kl"] > 0.1 and abs(history[0]["kl"]) < 1e-3
+    assert all(r["true"] == r["reward"] for r in history)
+
+
+def test_the_leash_holds(tiny):
+    ends = []
+    for kl in (0.0, 1.0):
+        model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
+        settings = {"steps": 25, "lr": 0.01, "kl": kl, "batch": 32, "max_new_tokens": 6}
+        ends.append(tune_policy(model, tokenizer, prompts, vowels, **settings)[-1]["kl"])
+    assert ends[1] < ends[0] / 3
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_run_that_was_stopped_goes_on_to_the_last_bit(tiny, tmp_path, method):
+    model, tokenizer, prompts = tiny
+    settings = {**SMALL, "method": method, "steps": 6, "kl_target": 1.0}
+    whole = copy.deepcopy(model)
+    history = tune_policy(whole, tokenizer, prompts, vowels, **settings)
+
+    class Stop(Exception):
+        pass
+
+    def stop(t):
+        if t.step == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        tune_policy(
+            copy.deepcopy(model), tokenizer, prompts, vowels, **settings,
+            folder=tmp_path, save_every=3, watch=stop,
+        )  # fmt: skip
+    again = copy.deepcopy(model)
+    rows = tune_policy(again, tokenizer, prompts, vowels, **settings, folder=tmp_path)
+    assert rows == history
+    assert torch.equal(states(again), states(whole))
+    with pytest.raises(ValueError, match="kl_target was 1.0 and is 2.0"):
+        tune_policy(
+            copy.deepcopy(model), tokenizer, prompts, vowels,
+            **{**settings, "kl_target": 2.0}, folder=tmp_path,
+        )  # fmt: skip
+    done = tune_policy(
+        copy.deepcopy(model), tokenizer, prompts, vowels, **settings, folder=tmp_path
+    )
+    assert done == history
+
+
+def test_the_reference_stays_and_the_seed_decides(tiny):
+    model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
+    before = states(model)
+    t = PolicyTuner(model, tokenizer, prompts, vowels, PolicyConfig(steps=2, **SMALL), seed=1)
+    tune_step(t)
+    assert torch.equal(states(t.reference), before) and not torch.equal(states(model), before)
+    runs = [
+        tune_policy(copy.deepcopy(tiny[0]), tokenizer, prompts, vowels, steps=2, seed=s, **SMALL)
+        for s in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_minutes_are_a_budget_too(tiny):
+    model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
+    settings = {**SMALL, "steps": None, "minutes": 0.01}
+    assert len(tune_policy(model, tokenizer, prompts, vowels, **settings)) >= 1
+
+
+def test_equal_rewards_move_nothing_but_the_leash(tiny):
+    model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
+    before = states(model)
+    same = lambda messages, answers: torch.ones(len(answers))  # noqa: E731
+    tune_policy(model, tokenizer, prompts, same, steps=1, kl=0.0, **SMALL)
+    assert torch.equal(states(model), before)
