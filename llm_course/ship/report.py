@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STYLE', 'HEAD', 'LEARNED', 'WRITES', 'IMPOSSIBLE', 'SURPRISED', 'bits_per_byte', 'perplexity', 'short', 'nice_ticks',
            'thin', 'limits', 'line_path', 'draw_line', 'axis_marks', 'chart_label', 'line_chart', 'plain', 'Sample',
-           'sample_html', 'surprise_html', 'Report', 'figures_html', 'table_html', 'section', 'render', 'write_report']
+           'sample_html', 'surprise_html', 'Report', 'figures_html', 'table_html', 'section', 'grid_html',
+           'answers_html', 'render', 'write_report']
 
 # %% ../../nbs/93_ship.report.ipynb #5ae57477
 import math
@@ -125,10 +126,12 @@ def axis_marks(
 def chart_label(
     curves: dict[str, list],    # Name -> points (x, y)
     floor: float | None = None, # Best possible loss
+    what: str = "Loss",         # What is drawn
 ) -> str:                       # One sentence
     "What a chart shows, for people who do not see it."
     ends = [f"{name} from {p[0][1]:.3f} to {p[-1][1]:.3f}" for name, p in curves.items() if p]
-    return "Loss: " + ", ".join(ends) + ("." if floor is None else f"; the floor is {floor:.3f}.")
+    end = "." if floor is None else f"; the floor is {floor:.3f}."
+    return f"{what}: " + ", ".join(ends) + end
 
 # %% ../../nbs/93_ship.report.ipynb #6525b0a3
 def line_chart(
@@ -146,7 +149,7 @@ def line_chart(
         lines.append(draw_line("floor", [(box[0], floor), (box[1], floor)], box, 2))
         names.append(f"floor {floor:.3f}, the best that any model can do")
     keys = "".join(f'<li class="c{i}">{escape(name)}</li>' for i, name in enumerate(names))
-    alt = escape(chart_label(curves, floor), quote=True)
+    alt = escape(chart_label(curves, floor, y_label.split(" (")[0].capitalize()), quote=True)
     return (f'<figure><ul class="keys">{keys}</ul><p class="axis">{escape(y_label)}</p>'
             f'<div class="chart">{axis_marks(box)}<svg role="img" aria-label="{alt}" '
             f'viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(lines)}</svg></div>'
@@ -205,6 +208,7 @@ class Report:
     samples: list[Sample] = field(default_factory=list)    # What it writes
     pieces: list[tuple[str, float]] = field(default_factory=list)  # Held-out tokens and their nats
     tables: dict[str, dict] = field(default_factory=dict)  # Heading -> name -> value
+    parts: list[tuple[str, str, str]] = field(default_factory=list)  # Heading, lead, safe HTML
     command: str = ""                          # What to type next
 
 # %% ../../nbs/93_ship.report.ipynb #ed2c89c0
@@ -269,6 +273,11 @@ pre b { color: var(--c1); font-weight: 600 }
 .note { font-size: .85rem; color: var(--soft); margin: .7rem 0 0 }
 mark { background: none; color: inherit; text-decoration: underline wavy var(--bad) 1px;
   text-underline-offset: .2em }
+.wide { overflow-x: auto } .grid th[scope=col] { text-align: right; vertical-align: bottom }
+.grid th:first-child { text-align: left } .grid td, .grid th { padding-left: 1rem }
+.grid td:first-child, .grid th:first-child { padding-left: 0 }
+.answers { margin: 0; display: grid; gap: .1rem } .answers dd { font-size: 1rem; color: var(--ink);
+  margin: 0 0 .5rem; overflow-wrap: anywhere }
 .surprise { line-height: 1.75; padding: 1rem 1.1rem; background: var(--card);
   border: 1px solid var(--rule); border-radius: 10px }
 .surprise i { font-style: normal; border-radius: 3px;
@@ -318,6 +327,27 @@ def section(
         return ""
     return f"<section><h2>{plain(heading)}</h2><p>{plain(lead)}</p>{body}</section>"
 
+# %% ../../nbs/93_ship.report.ipynb #7f3a29bb
+def grid_html(
+    columns: list[str],          # Headings; the first is that of the rows' names
+    rows: dict[str, list[str]],  # Name -> a value for each further column
+) -> str:                        # A table
+    "Figures of several stages side by side."
+    head = "".join(f"<th scope=col>{plain(name)}</th>" for name in columns)
+    body = "".join(f"<tr><th scope=row>{plain(name)}</th>"
+                   + "".join(f"<td>{plain(value)}</td>" for value in values) + "</tr>"
+                   for name, values in rows.items())
+    return f'<div class="wide"><table class="grid"><tr>{head}</tr>{body}</table></div>'
+
+def answers_html(
+    question: str,            # What somebody asked
+    answers: dict[str, str],  # Who answered -> what
+) -> str:                     # A card
+    "What several models answer to one question."
+    rows = "".join(f"<dt>{plain(name)}</dt><dd>{plain(said)}</dd>"
+                   for name, said in answers.items())
+    return f'<article><h3>{plain(question)}</h3><dl class="answers">{rows}</dl></article>'
+
 # %% ../../nbs/93_ship.report.ipynb #34e47512
 HEAD = """<!doctype html>
 <html lang="en">
@@ -343,6 +373,7 @@ def render(
             + figures_html(report.figures) + section("How it learned", LEARNED, chart)
             + section("What it writes", writes, cards)
             + section("What surprised it", SURPRISED, coloured)
+            + "".join(section(*part) for part in report.parts)
             + section("Talk to it", "In a terminal:", next_step)
             + f'<div class="tables">{tables}</div>\n</body>\n</html>\n')
 
