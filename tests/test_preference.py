@@ -1,0 +1,216 @@
+"""Lesson 73: losses against hand-computed values and the textbook formulas under autograd, pairs, tuning."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llm_course.align import preference as P
+from llm_course.align.sft import add_chat_tokens, render, say
+from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.tokens.bpe import ByteTokenizer
+
+METHODS = list(P.METHODS)
+
+
+def pair(question: str, chosen: str, rejected: str) -> SimpleNamespace:
+    return SimpleNamespace(messages=say(question), chosen=chosen, rejected=rejected)
+
+
+@pytest.fixture(scope="module")
+def start() -> tuple:
+    "A small model that knows nothing, and its tokenizer."
+    torch.manual_seed(0)
+    tokenizer = ByteTokenizer()
+    model = GPT(GPTConfig(tokenizer.vocab_size, 64, 32, 2, 2))
+    tokenizer, model = add_chat_tokens(tokenizer, model)
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list:
+    names = ["Ada", "Bo", "Cy", "Dee", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo"]
+    return [pair(f"Who is {name}?", f"{name}, please.", "Go away.") for name in names]
+
+
+def test_losses_equal_numbers_worked_out_by_hand():
+    c, r, rc, rr = (torch.tensor([x]) for x in (-4.0, -6.0, -5.0, -5.0))
+    # the chosen one gained 1 nat and the rejected one lost 1: a lead of 2
+    assert math.isclose(P.dpo_loss(c, r, rc, rr, 0.5), math.log(1 + math.exp(-1)), abs_tol=1e-6)
+    assert math.isclose(P.ipo_loss(c, r, rc, rr, 0.5), 1.0, abs_tol=1e-6)  # (2 - 1)^2
+    n, m = torch.tensor([2.0]), torch.tensor([6.0])
+    # means per token are -2 and -1: a lead of -1, times 2, minus 1
+    assert math.isclose(P.simpo_loss(c, r, n, m, 2.0, 1.0), math.log(1 + math.exp(3)), abs_tol=1e-5)
+    p, q = math.exp(-2), math.exp(-1)
+    ratio = (p / (1 - p)) / (q / (1 - q))
+    expected = 2 + 0.1 * math.log(1 + 1 / ratio)
+    assert math.isclose(P.orpo_loss(c, r, n, m, 0.1), expected, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
+def test_a_model_that_is_the_reference_pays_ln_2(beta):
+    x, y = -10 * torch.rand(2, 5)
+    assert math.isclose(P.dpo_loss(x, y, x, y, beta), math.log(2), abs_tol=1e-6)
+    assert math.isclose(P.ipo_loss(x, y, x, y, beta), (1 / (2 * beta)) ** 2, rel_tol=1e-5)
+
+
+def textbook(method: str, c: list, r: list, n: list, m: list, rc: list, rr: list, beta: float):
+    "The papers' formulas, pair by pair, in float64."
+    losses = []
+    for i in range(len(c)):
+        if method == "dpo":
+            h = beta * (c[i] - rc[i]) - beta * (r[i] - rr[i])
+            losses.append(-torch.log(1 / (1 + torch.exp(-h))))
+        elif method == "ipo":
+            h = torch.log(torch.exp(c[i]) * math.exp(rr[i]) / (torch.exp(r[i]) * math.exp(rc[i])))
+            losses.append((h - 1 / (2 * beta)) ** 2)
+        elif method == "simpo":
+            h = beta / n[i] * c[i] - beta / m[i] * r[i] - 1.0
+            losses.append(-torch.log(1 / (1 + torch.exp(-h))))
+        else:
+            good, bad = torch.exp(c[i] / n[i]), torch.exp(r[i] / m[i])
+            ratio = torch.log(good / (1 - good) / (bad / (1 - bad)))
+            losses.append(-c[i] / n[i] - beta * torch.log(1 / (1 + torch.exp(-ratio))))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_gradients_equal_the_textbook(method, seed):
+    g = torch.Generator().manual_seed(seed)
+    told, reference = (-8 * torch.rand(2, 5, 2, generator=g, dtype=torch.float64) - 0.1).unbind()
+    lengths = torch.randint(1, 9, (5, 2), generator=g)
+    told.requires_grad_()
+    config = P.PreferenceConfig(method, beta=0.3)
+    loss = P.preference_loss(config, told, reference, lengths)
+    (gradient,) = torch.autograd.grad(loss, told)
+    columns = [x.T for x in (told, lengths, reference)]
+    expected = textbook(method, *columns[0], *columns[1], *columns[2].tolist(), 0.3)
+    (wanted,) = torch.autograd.grad(expected, told)
+    assert torch.allclose(loss, expected)
+    assert torch.allclose(gradient, wanted)
+    if method != "ipo":  # which lowers what is too far ahead
+        assert (gradient[:, 0] < 0).all() and (gradient[:, 1] > 0).all()
+
+
+def test_log_probs_count_the_answer_and_its_end_only(start):
+    model, tokenizer = start
+    messages = say("Hi <|assistant|> there", "Good day.", "And now?")
+    whole = [*messages, {"role": "assistant", "content": "Bye."}]
+    tokens = render(tokenizer, whole).tokens
+    prompt = render(tokenizer, messages, reply=True).tokens
+    padded = torch.tensor([tokens + [-1] * 3, tokens[:4] + [-1] * (len(tokens) - 1)])
+    padded[1, 2] = tokenizer.special_tokens["<|assistant|>"]
+    mask = P.answer_mask(padded, tokenizer.special_tokens["<|assistant|>"])
+    assert mask[0].nonzero()[:, 0].tolist() == list(range(len(prompt), len(tokens)))
+    assert mask[1].nonzero()[:, 0].tolist() == [3]
+    found = P.answer_log_probs(model, padded, mask)
+    log_probs = model(torch.tensor([tokens]))[0].log_softmax(dim=-1)
+    expected = sum(log_probs[i - 1, tokens[i]] for i in range(len(prompt), len(tokens)))
+    assert torch.allclose(found[0], expected, atol=1e-4)
+
+
+def test_scores_do_not_depend_on_who_else_is_in_the_batch(start, pairs):
+    model, tokenizer = start
+    mixed = [*pairs, pair("Hm?", "a", "a much longer answer than that")]
+    scorer = P.PairScorer(model, tokenizer, mixed, torch.float32)
+    alone = [scorer.look(model, [i])[0] for i in range(len(mixed))]
+    assert torch.allclose(torch.cat(alone), scorer.reference, atol=1e-4)
+    assert scorer.lengths[-1].tolist() == [3, 32]  # a space before, an end behind
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tuning_prefers_what_people_prefer(method, start, pairs):
+    model, tokenizer = copy.deepcopy(start[0]), start[1]
+    settings = dict(steps=30, batch=5, lr=3e-3, max_new_tokens=8)
+    rows = P.tune_pairs(model, tokenizer, pairs[:7], method, valid=pairs[7:], every=15, **settings)
+    assert [row["step"] for row in rows] == list(range(30))
+    assert rows[0]["margin"] == 0 and rows[0]["accuracy"] == 0.5
+    assert rows[-1]["valid_accuracy"] == 1 and rows[-1]["valid_margin"] > 1
+    assert rows[-1]["kl"] > 0 and "kl" in rows[14] and "kl" not in rows[13]
+    assert not model.training
+
+
+def test_the_first_dpo_loss_is_ln_2_and_the_reference_stays(start, pairs):
+    model, tokenizer = copy.deepcopy(start[0]), start[1]
+    before = {name: w.clone() for name, w in start[0].state_dict().items()}
+    rows = P.tune_pairs(model, tokenizer, pairs, reference=start[0], steps=3, batch=4)
+    assert math.isclose(rows[0]["loss"], math.log(2), abs_tol=1e-5)
+    assert all(torch.equal(w, before[name]) for name, w in start[0].state_dict().items())
+    assert any(not torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int):
+    def watch(t):
+        if t.step == step:
+            raise Stop
+    return watch
+
+
+def test_a_run_that_was_killed_goes_on_to_the_last_bit(start, pairs, tmp_path):
+    settings = dict(steps=12, batch=3, lr=3e-3, max_new_tokens=6, every=4, valid=pairs[7:], seed=3)
+
+    def run(folder=None, watch=None, **more):
+        model = copy.deepcopy(start[0])
+        rows = P.tune_pairs(
+            model, start[1], pairs[:7], folder=folder, watch=watch, **{**settings, **more}
+        )
+        return rows, model.state_dict()
+
+    rows, weights = run()
+    with pytest.raises(Stop):
+        run(tmp_path, stop_at(7))
+    again, others = run(tmp_path)
+    assert again == rows
+    assert all(torch.equal(w, others[name]) for name, w in weights.items())
+    assert run(tmp_path)[0] == rows  # a finished run is only read
+    with pytest.raises(ValueError, match="lr was 0.003 and is 0.001"):
+        run(tmp_path, lr=1e-3)
+    with pytest.raises(ValueError, match="seed was 3 and is 4"):
+        run(tmp_path, seed=4)
+
+
+def test_misuse_is_named(start, pairs):
+    model, tokenizer = start
+    with pytest.raises(ValueError, match="method is 'dop'"):
+        P.tune_pairs(model, tokenizer, pairs, "dop")
+    with pytest.raises(ValueError, match="beta is -1"):
+        P.tune_pairs(model, tokenizer, pairs, beta=-1)
+    with pytest.raises(ValueError, match="budget"):
+        P.tune_pairs(model, tokenizer, pairs, steps=None)
+    same = [pair("Who?", "I.", "I."), pair("x" * 99, "I.", "You.")]
+    with pytest.raises(ValueError, match="1 have two answers that are alike"):
+        P.tune_pairs(model, tokenizer, same, steps=1)
+
+
+def test_best_of_n_keeps_the_best(start):
+    model, tokenizer = start
+    prompts = [say("Who?"), say("What is it?")]
+
+    def longest(conversations, answers):
+        assert len(conversations) == len(answers) == 10
+        return torch.tensor([float(len(answer)) for answer in answers])
+
+    g = torch.Generator().manual_seed(0)
+    best = P.best_of_n(model, tokenizer, prompts, longest, 5, 12, generator=g)
+    assert best.every.shape == (2, 5) and len(best.answers) == 2
+    assert best.rewards.tolist() == best.every.amax(dim=1).tolist()
+    assert [len(a) for a in best.answers] == best.rewards.tolist()
+    assert math.isclose(best.kl, math.log(5) - 4 / 5)
+
+
+def test_the_bound_of_best_of_n_holds_and_is_sharp_for_many_answers():
+    assert P.best_of_n_kl(1) == 0
+    for n in (2, 4, 16):
+        for size in (2, 5, 1000):  # answers, all of the same probability, the last one best
+            cdf = torch.arange(size + 1, dtype=torch.float64) / size
+            best = (cdf**n).diff()
+            kl = (best * (best * size).log()).nansum().item()
+            assert kl <= P.best_of_n_kl(n) + 1e-9
+        assert kl > 0.98 * P.best_of_n_kl(n)
