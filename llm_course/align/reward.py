@@ -6,14 +6,16 @@
 __all__ = ['KIND', 'Judgement', 'append_line', 'read_judgements', 'next_question', 'SelfAgreement', 'self_agreement', 'Judge',
            'question_html', 'judge_note', 'judge_panel', 'bradley_terry_loss', 'Score', 'RewardModel', 'Choice',
            'pad_rows', 'render_answer', 'EncodedPairs', 'encode_pairs', 'group_wins', 'pair_batch', 'plan_pass',
-           'PairBatches', 'score_rows', 'as_reward', 'margins', 'train_reward', 'centre', 'save_reward', 'load_reward']
+           'PairBatches', 'score_rows', 'as_reward', 'margins', 'train_reward', 'centre', 'compare_all',
+           'sample_answers', 'collect_pairs', 'save_reward', 'load_reward']
 
-# %% ../../nbs/71_align.reward.ipynb #87cca5a6
+# %% ../../nbs/71_align.reward.ipynb #3d4fd7e9
 import html, json, math, os, zlib
 from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict
-from itertools import combinations
+from itertools import combinations, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 import torch
@@ -21,11 +23,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from .sft import render, say
+from .sft import recent, render, say
 from ..core import atomic_write
+from ..generate.cache import sample_batch
 from ..model.block import Style
 from ..model.gpt import GPT, GPTConfig
-from ..train.loop import Progress, TrainConfig, evaluate, pick_precision, show_row, train
+from ..talk import Annotator, Pair, annotators
+from ..train.loop import Progress, TrainConfig, pick_precision, train
 
 # %% ../../nbs/71_align.reward.ipynb #6327181d
 class Judgement(NamedTuple):
@@ -242,7 +246,7 @@ class Score(nn.Linear):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float())
 
-# %% ../../nbs/71_align.reward.ipynb #bef9afa6
+# %% ../../nbs/71_align.reward.ipynb #abe571c4
 class RewardModel(nn.Module):
     "A GPT whose last layer gives a score instead of a next word."
     def __init__(
@@ -263,7 +267,7 @@ class RewardModel(nn.Module):
 
     def every_score(self, tokens: Tensor) -> Tensor:
         "The score of the text up to each of the `tokens`, (B, T) -> (B, T)."
-        return self.body(tokens)[..., 0] - self.mean
+        return self.body(tokens)[..., 0].cumsum(dim=1) - self.mean
 
 # %% ../../nbs/71_align.reward.ipynb #529a415c
 class Choice(nn.Module):
@@ -302,7 +306,7 @@ def render_answer(
     reply = {"role": "assistant", "content": answer}
     return list(render(tokenizer, [*messages, reply]).tokens)[-longest:]
 
-# %% ../../nbs/71_align.reward.ipynb #b2f1e330
+# %% ../../nbs/71_align.reward.ipynb #5248779a
 class EncodedPairs(NamedTuple):
     "Comparisons as tokens, and what was left out."
     groups: list   # Each (rows, wins): K token lists, and (i, j) for "row i beat row j"
@@ -315,18 +319,20 @@ def encode_pairs(
     longest: int,     # Tokens that fit
 ) -> EncodedPairs:    # Comparisons by conversation, and counts of what was left out
     "Turn comparisons into tokens. Raises `ValueError` when none is left."
-    wins, same, too_long = {}, 0, 0
+    wins, same, too_long = [], 0, 0
     for pair in pairs:
         two = tuple(tuple(render_answer(tokenizer, pair.messages, answer, longest + 1))
                     for answer in (pair.chosen, pair.rejected))
         fits = max(map(len, two)) <= longest
         same, too_long = same + (two[0] == two[1]), too_long + (not fits)
         if fits and two[0] != two[1]:
-            wins.setdefault(json.dumps(pair.messages), []).append(two)
+            wins.append((pair.messages, two))
     if not wins:
         raise ValueError(f"no comparison to learn from: {same} have two answers that are alike, "
                          f"{too_long} are longer than {longest} tokens")
-    return EncodedPairs([g for some in wins.values() for g in group_wins(some)], same, too_long)
+    runs = groupby(wins, key=itemgetter(0))  # comparisons in a row about one conversation
+    groups = [g for _, run in runs for g in group_wins([two for _, two in run])]
+    return EncodedPairs(groups, same, too_long)
 
 # %% ../../nbs/71_align.reward.ipynb #bebbdf13
 def group_wins(
@@ -478,6 +484,72 @@ def centre(
 ) -> None:
     "Let 0 be the mean score: comparisons say nothing about it."
     model.mean += score_rows(model, rows).mean().to(model.mean)
+
+# %% ../../nbs/71_align.reward.ipynb #4ced0c2b
+def compare_all(
+    talk,                   # Knows the true `reward` of an answer
+    messages: list[dict],   # A conversation that waits for an answer
+    answers: list[str],     # Some; those that are alike count once
+    crowd: list[Annotator], # Each comparison is made by one of them
+    g: torch.Generator,     # For who it is, which answer is shown first, and the noise
+) -> list[Pair]:            # One for every two answers
+    "Let a crowd compare answers, each with each other one."
+    answers = list(dict.fromkeys(answers))
+    rewards = [talk.reward(messages, answer) for answer in answers]
+    K, people = len(answers), [p._replace(noise=max(p.noise, 1e-9)) for p in crowd]
+    appeal = torch.tensor([[p.appeal(r, a) for r, a in zip(rewards, answers)] for p in people])
+    first = torch.tensor([[p.first, p.noise] for p in people])[..., None, None]
+    lead = appeal[:, :, None] - appeal[:, None, :]        # of row over column, (people, K, K)
+    wins = ((lead + first[:, 0]) / first[:, 1]).sigmoid() # where the row is shown first
+    prob = ((wins + 1 - wins.mT) / 2).mean(dim=0)         # either may be shown first, (K, K)
+    pairs = []
+    for i, j in combinations(range(K), 2):
+        who, turned, luck = torch.rand(3, generator=g).tolist()
+        who, i, j = int(who * len(crowd)), *((j, i) if turned < 0.5 else (i, j))
+        i, j = (i, j) if luck < wins[who, i, j] else (j, i)
+        pairs.append(Pair(messages, answers[i], answers[j], who, prob[i, j].item()))
+    return pairs
+
+# %% ../../nbs/71_align.reward.ipynb #a09faa72
+def sample_answers(
+    model: GPT,                # An assistant
+    tokenizer,                 # Has the chat tokens
+    conversations: list,       # Each waits for an answer
+    n: int = 2,                # Answers to each
+    seed: int = 0,             # Of the draws, at temperature 1
+    max_new_tokens: int = 40,  # Longer answers are cut
+) -> list[list[str]]:          # `n` texts for each conversation
+    "What an assistant answers."
+    room = model.config.context_length - max_new_tokens
+    prompts = [render(tokenizer, recent(tokenizer, messages, room), reply=True).tokens
+               for messages in conversations]
+    stop, g = set(tokenizer.special_tokens.values()), torch.Generator().manual_seed(seed)
+    drawn = sample_batch(model, prompts, max_new_tokens, stop, n, generator=g).tokens
+    texts = [tokenizer.decode([t for t in ids if t not in stop]).strip() for ids in drawn]
+    return [texts[i:i + n] for i in range(0, len(texts), n)]
+
+# %% ../../nbs/71_align.reward.ipynb #f3f551d6
+def collect_pairs(
+    model: GPT | None,      # An assistant; None: hired writers answer alone
+    tokenizer,              # Has the chat tokens
+    talk,                   # Draws prompts, knows writers' answers and the true reward
+    n: int,                 # Prompts
+    seed: int = 0,          # The same seed gives the same pairs
+    split: str = "train",   # "train" or "held-out": whose phrasings
+    crowd: list[Annotator] | None = None, # Who compares; `annotators(20)` by default
+    sampled: int = 2,       # Answers of the assistant to each prompt
+    written: int = 2,       # Answers of hired writers
+) -> list[Pair]:            # At most n K (K - 1) / 2, with K answers to each prompt
+    "Draw prompts, gather answers, and let a crowd compare them, each with each other one."
+    prompts, g = talk.prompts(n, seed, split), torch.Generator().manual_seed(seed)
+    own = [[] for _ in prompts]
+    if model is not None and sampled:
+        own = sample_answers(model, tokenizer, prompts, sampled, seed)
+    pairs, crowd = [], crowd or annotators(20)
+    for i, (messages, answers) in enumerate(zip(prompts, own)):
+        answers = answers + talk.answers(talk.read(messages), written, 1000003 * seed + i)
+        pairs += compare_all(talk, messages, answers, crowd, g)
+    return pairs
 
 # %% ../../nbs/71_align.reward.ipynb #7f4779bb
 KIND = "llm-course reward model 1"  # the number goes up when older code could not read the file
