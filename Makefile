@@ -35,7 +35,7 @@ outputs: $(READY)
 
 checkpoint: $(READY)
 	$(BIN)/python benchmarks/world_floor.py --seconds 480 --seeds 1 --stories 100000 \
-	  --vocab-size 2048 --save llm_course/assets
+	  --save llm_course/assets
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py

@@ -2,7 +2,7 @@
 
     python benchmarks/world_floor.py [--seconds 90] [--seeds 3] [--threads 2] [--save FOLDER]
 
-A tokenizer is trained on some stories of the world, and a GPT in the course's default style, with
+A tokenizer is trained on some stories of the world and on what its people say, and a GPT in the course's default style, with
 the course's training loop and default settings, on others, each of which it sees once. The clock
 runs during training only: sampling and encoding the stories comes before it. Then model and world
 give their loss on the same unseen stories; the difference is the excess over the floor, which no
@@ -23,11 +23,12 @@ import torch
 
 from llm_course.data.batches import DocumentBatches, memory_shards
 from llm_course.model.gpt import GPT, GPTConfig, count_params, save_model
+from llm_course.talk import Talk
 from llm_course.tokens.bpe import BPETokenizer
 from llm_course.train.loop import TrainConfig, floor_excess, train
 from llm_course.world import World
 
-VOCAB_SIZE, CONTEXT, BATCH = 2560, 224, 16
+VOCAB_SIZE, CONTEXT, BATCH = 2880, 224, 16  # each word of stories and talk is one token
 
 
 def neighbours(stories: list, seed: int) -> list:
@@ -78,7 +79,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     world = World(seed=0)
-    tokenizer = BPETokenizer.train(world.sample(2000, seed=10), args.vocab_size)
+    said = [" " + m["content"] for c in Talk(world).conversations(4000) for m in c]
+    tokenizer = BPETokenizer.train(world.sample(4000, seed=10) + said, args.vocab_size)
     stories, unseen = world.sample(args.stories, seed=11), world.sample(args.unseen, seed=12)
     print(
         f"{'seed':>4} {'seconds':>8} {'steps':>6} {'M tokens':>8} {'epochs':>6} "

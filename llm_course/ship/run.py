@@ -111,7 +111,7 @@ def fill_in(
         if p.steps:
             wanted = p.steps * p.accumulate * p.batch_size
         s.limit = s.limit or int(min(200_000, max(2000, wanted)))
-        s.vocab_size = s.vocab_size or 2560  # so that each word of the world is one token
+        s.vocab_size = s.vocab_size or 2880  # so that each word of the world is one token
     return s
 
 # %% ../../nbs/94_ship.run.ipynb #574d5ae2
@@ -361,15 +361,16 @@ def learn_tokenizer(
 
 # %% ../../nbs/94_ship.run.ipynb #12643d1d
 def make_tokenizer(
-    run: Run, # The run
-) -> dict:    # Its figures
+    run: Run,               # The run
+    more: Iterable[str] = (), # Other texts that the tokenizer should know
+) -> dict:                  # Its figures
     "Stage 1: learn a tokenizer from the part to train on."
     if is_shards(run.source):
         return found_tokenizer(run)
     pairs, _ = keep(run_texts(run))
     texts, held = [t for t, h in pairs if not h], [t for t, h in pairs if h]
     n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    tokenizer = learn_tokenizer(texts, held, run.settings, n_bytes)
+    tokenizer = learn_tokenizer(texts + [*more], held, run.settings, n_bytes)
     tokenizer.save(run.folder / "tokenizer.bpe")
     run.reporter.say(f"tokenizer   {tokenizer.vocab_size} tokens, from {short(n_bytes)}B of text")
     return {"source": run.source, "fingerprint": fingerprint(run.settings.data),
