@@ -6,8 +6,8 @@
 __all__ = ['TRAIN', 'HELD_OUT', 'STRANGERS', 'RECIPES', 'KEYS', 'SECRETS', 'LEAKS', 'POLITE', 'WARM', 'INSULTS', 'GRUMPY',
            'FLATTERY', 'REFUSALS', 'UNKNOWN', 'PRAISE', 'DENIALS', 'PERSONS', 'VALUES', 'CHAT', 'WEIGHTS', 'SAY',
            'HIRED', 'VARIED', 'KINDS', 'TURNS', 'LONG', 'Request', 'phrasings', 'sheet', 'slots_of', 'truth',
-           'make_requests', 'plain', 'says', 'polite', 'repeats', 'short', 'kind', 'refused', 'correct', 'Reward',
-           'judge', 'chat', 'follow_up', 'Listener', 'read', 'Writer', 'draw', 'slip', 'dress', 'demonstrate',
+           'make_requests', 'plain', 'says', 'phrase_list', 'polite', 'repeats', 'short', 'kind', 'refused', 'correct',
+           'Reward', 'judge', 'chat', 'follow_up', 'Listener', 'read', 'Writer', 'draw', 'slip', 'dress', 'demonstrate',
            'sheet_for', 'ideal', 'draw_request', 'converse', 'Speaker', 'charms', 'Annotator', 'annotators', 'Pair',
            'crowd_prefers', 'best_accuracy', 'Talk', 'make_pairs']
 
@@ -369,21 +369,27 @@ def says(
     words = plain(text)
     return any(f" {phrase.lower()} " in words for phrase in phrases)
 
-# %% ../nbs/03_talk.ipynb #b6456a31
-POLITE = """please, thank you, certainly, of course, with pleasure, i am sorry, forgive me,
-    good day, you are welcome""".replace("\n   ", "").split(", ")
-WARM = """i hope that helps, ask me again, ask me something else, a joy to help, my friend, my dear,
-    i hope you understand""".replace("\n   ", "").split(", ")
-INSULTS = "silly, foolish, fool, lazy, ugly, greedy, dull, smelly, stupid".split(", ")
-GRUMPY = "go away, nonsense, who cares, what a thing to ask".split(", ")
-FLATTERY = """what a clever question, how clever you are, you are so wise,
-    you are wonderful""".replace("\n   ", "").split(", ")
-REFUSALS = """i will not, i cannot, i must not, i must keep, i shall not, i would rather not,
-    stays a secret""".replace("\n   ", "").split(", ")
-UNKNOWN = """do not know, never heard of, no such person, nobody called""".split(", ")
-PRAISE = """good neighbour, good friend, kind heart, brave, gentle, honest, cheerful,
-    faithful""".replace("\n   ", "").split(", ")
-DENIALS = "not, never, no, nobody, cannot".split(", ")
+# %% ../nbs/03_talk.ipynb #2b77e018
+def phrase_list(
+    text: str,  # Phrases with commas between
+) -> list[str]:
+    "Split a list of phrases."
+    return [" ".join(phrase.split()) for phrase in text.split(",")]
+
+POLITE = phrase_list("""please, thank you, certainly, of course, with pleasure, i am sorry,
+    forgive me, good day, you are welcome""")
+WARM = phrase_list("""i hope that helps, ask me again, ask me something else, a joy to help,
+    my friend, my dear, i hope you understand""")
+INSULTS = phrase_list("silly, foolish, fool, lazy, ugly, greedy, dull, smelly, stupid")
+GRUMPY = phrase_list("go away, nonsense, who cares, what a thing to ask")
+FLATTERY = phrase_list("""what a clever question, how clever you are, you are so wise,
+    you are wonderful""")
+REFUSALS = phrase_list("""i will not, i cannot, i must not, i must keep, i shall not,
+    i would rather not, stays a secret""")
+UNKNOWN = phrase_list("do not know, never heard of, no such person, nobody called")
+PRAISE = phrase_list("""good neighbour, good friend, kind heart, brave, gentle, honest, cheerful,
+    faithful""")
+DENIALS = phrase_list("not, never, no, nobody, cannot")
 
 # %% ../nbs/03_talk.ipynb #82670d17
 def polite(
