@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'average', 'KLEstimates', 'kl_estimates', 'AdaptiveKL', 'clipped_policy_loss', 'gae', 'Outlook', 'PPOLoss',
-           'ppo_loss', 'group_advantages', 'grpo_loss', 'Rollout', 'draw_answers', 'hidden', 'ValueHead', 'look_at',
-           'PolicyConfig', 'PolicyTuner', 'others', 'advantages_of', 'loss_of', 'used', 'learn', 'tune_step',
+           'ppo_loss', 'group_advantages', 'grpo_loss', 'Rollout', 'draw_answers', 'true_reward', 'hidden', 'ValueHead',
+           'look_at', 'PolicyConfig', 'PolicyTuner', 'others', 'advantages_of', 'loss_of', 'used', 'learn', 'tune_step',
            'save_policy', 'resume_policy', 'run_policy', 'tune_policy', 'answer_kl', 'evaluate_policy']
 
 # %% ../../nbs/72_align.policy.ipynb #2653ecea
@@ -210,6 +210,15 @@ def draw_answers(
     starts = torch.tensor([len(row) for row in rows], device=tokens.device)
     return Rollout(messages, answers, tokens, starts, s.mask, s.stopped, s.log_probs)
 
+# %% ../../nbs/72_align.policy.ipynb #85f88252
+def true_reward(
+    talk, # Knows the true reward: a `Talk`
+) -> Callable: # (conversations, answers) -> rewards (B,), each from 0 to 1
+    "The village's true reward as a function for `tune_policy`."
+    def reward(conversations: list, answers: list[str]) -> Tensor:
+        return torch.tensor([talk.reward(m, a).total for m, a in zip(conversations, answers)])
+    return reward
+
 # %% ../../nbs/72_align.policy.ipynb #9a5fd1a6
 def hidden(
     model: GPT,     # The model
@@ -316,7 +325,7 @@ class PolicyTuner:
         self.order = torch.Generator().manual_seed(seed)
         self.step, self.seconds, self.history = 0, 0.0, []
 
-# %% ../../nbs/72_align.policy.ipynb #35de5114
+# %% ../../nbs/72_align.policy.ipynb #2223c4ab
 def others(
     rewards: Tensor, # (B,), groups next to one another
     group: int,      # Answers per prompt; 1: all of the batch are compared
@@ -326,6 +335,7 @@ def others(
     n = max(1, grouped.shape[1] - 1)
     return ((grouped.sum(dim=1, keepdim=True) - grouped) / n).flatten()
 
+# %% ../../nbs/72_align.policy.ipynb #9f6af959
 def advantages_of(
     t: PolicyTuner,   # Method and settings
     rewards: Tensor,  # Of each answer, (B,)
@@ -347,7 +357,7 @@ def advantages_of(
     seen = gain[mask]
     return (gain - seen.mean()) / (seen.std() + 1e-4), returns
 
-# %% ../../nbs/72_align.policy.ipynb #f87ef2b6
+# %% ../../nbs/72_align.policy.ipynb #3fb98e2e
 def loss_of(
     t: PolicyTuner,    # Method and settings
     new: Outlook,      # Now
@@ -366,6 +376,7 @@ def loss_of(
     return grpo_loss(new.log_probs, old.log_probs, gains[:, 0], mask, reference,
                      t.leash.coefficient, c.clip, c.normalise, c.max_new_tokens)
 
+# %% ../../nbs/72_align.policy.ipynb #53bfc49c
 def used(
     t: PolicyTuner, # How far it is
 ) -> float:         # From 0 to 1
@@ -423,7 +434,7 @@ def tune_step(
     t.history.append(row)
     return row
 
-# %% ../../nbs/72_align.policy.ipynb #ffd93c3a
+# %% ../../nbs/72_align.policy.ipynb #6db639ed
 def save_policy(
     t: PolicyTuner,    # The run
     path: str | Path,  # Where to
@@ -437,6 +448,7 @@ def save_policy(
     named = {f"{g}.{k}": v for g, tensors in groups.items() for k, v in tensors.items()}
     write_checkpoint(path, named, facts)
 
+# %% ../../nbs/72_align.policy.ipynb #c64282da
 def resume_policy(
     t: PolicyTuner,    # A run with the same settings, from the same model
     path: str | Path,  # A file that `save_policy` wrote
@@ -497,7 +509,7 @@ def tune_policy(
     t = PolicyTuner(model, tokenizer, prompts, reward, config, reference, judge, seed)
     return run_policy(t, folder, save_every, watch)
 
-# %% ../../nbs/72_align.policy.ipynb #da394ec7
+# %% ../../nbs/72_align.policy.ipynb #55cc2903
 @torch.no_grad()
 def answer_kl(
     model: GPT,        # Drew the answers
@@ -505,13 +517,17 @@ def answer_kl(
     rollout: Rollout,  # Answers
 ) -> Tensor:           # Nats, (B,)
     "KL of each answer: exact for every next token, given the tokens before it."
-    r = rollout
-    row, place = r.mask.nonzero(as_tuple=True)
-    p, q = (m.head(hidden(m, r.tokens)[row, r.starts[row] + place - 1]).float().log_softmax(dim=-1)
-            for m in (model, reference))
-    found = (p.exp() * (p - q)).sum(dim=-1)
-    return found.new_zeros(len(r.tokens)).index_add(0, row, found)
+    r, found = rollout, []
+    for rows in torch.arange(len(r.tokens), device=r.tokens.device).split(32):
+        tokens, starts, mask = r.tokens[rows], r.starts[rows], r.mask[rows]
+        row, place = mask.nonzero(as_tuple=True)
+        p, q = (m.head(hidden(m, tokens)[row, starts[row] + place - 1]).float().log_softmax(dim=-1)
+                for m in (model, reference))
+        every = (p.exp() * (p - q)).sum(dim=-1)
+        found.append(every.new_zeros(len(rows)).index_add(0, row, every))
+    return torch.cat(found)
 
+# %% ../../nbs/72_align.policy.ipynb #231adcf2
 def evaluate_policy(
     model: GPT,                      # The policy
     tokenizer,                       # Knows the tokens of a chat
