@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'average', 'KLEstimates', 'kl_estimates', 'AdaptiveKL', 'clipped_policy_loss', 'gae', 'Outlook', 'PPOLoss',
            'ppo_loss', 'group_advantages', 'grpo_loss', 'Rollout', 'draw_answers', 'true_reward', 'hidden', 'ValueHead',
-           'look_at', 'PolicyConfig', 'PolicyTuner', 'others', 'advantages_of', 'loss_of', 'used', 'learn', 'tune_step',
-           'save_policy', 'resume_policy', 'run_policy', 'tune_policy', 'answer_kl', 'evaluate_policy']
+           'look_rows', 'look_at', 'PolicyConfig', 'PolicyTuner', 'others', 'advantages_of', 'loss_of', 'used', 'learn',
+           'tune_step', 'save_policy', 'resume_policy', 'run_policy', 'tune_policy', 'answer_kl', 'evaluate_policy']
 
 # %% ../../nbs/72_align.policy.ipynb #2653ecea
 import copy, math, time
@@ -245,31 +245,42 @@ class ValueHead(nn.Module):
         "States (..., C) -> values (...)."
         return self.out(self.inner(x.detach().float()).relu())[..., 0]
 
-# %% ../../nbs/72_align.policy.ipynb #9179113d
+# %% ../../nbs/72_align.policy.ipynb #f6935dc5
+def look_rows(
+    model: GPT,             # Policy or reference
+    tokens: Tensor,         # Prompt, answer, padding, (B, T)
+    starts: Tensor,         # Where each answer begins, (B,)
+    mask: Tensor,           # True for its tokens, (B, A)
+    head: ValueHead | None, # The critic, if there is one
+) -> list[Tensor]:          # Log-probabilities, entropy and values, (B, A) each
+    "What a model says of some answers; 0 behind the end of each."
+    row, place = mask.nonzero(as_tuple=True)
+    at = starts[row] + place                    # of the drawn tokens, (N,)
+    x = hidden(model, tokens)[row, at - 1]
+    every = model.head(x).float().log_softmax(dim=-1)           # (N, V)
+    found = [every.gather(-1, tokens[row, at][:, None])[:, 0], -(every.exp() * every).sum(dim=-1)]
+    found += [] if head is None else [head(x).float()]
+    return [every.new_zeros(mask.shape).masked_scatter(mask, f) for f in found]
+
+# %% ../../nbs/72_align.policy.ipynb #49273fae
 def look_at(
     model: GPT,                         # Policy or reference
     rollout: Rollout,                   # Answers
     head: ValueHead | None = None,      # The critic, if there is one
     dtype: torch.dtype = torch.float32, # Precision of the matrix products
 ) -> Outlook:                           # (B, A) each, 0 behind the end of an answer
-    "What a model says of answers, token by token."
-    r, found = rollout, []
+    "What a model says of answers, token by token; those alike in length go together."
+    r, found, device = rollout, [], rollout.tokens.device
     lengths = r.starts + r.mask.sum(dim=1)
-    parts = lengths.argsort().chunk(4)  # alike in length, so that there is little padding
-    for rows in parts:
-        tokens, starts, mask = r.tokens[rows, :lengths[rows].max()], r.starts[rows], r.mask[rows]
-        row, place = mask.nonzero(as_tuple=True)
-        drawn = tokens[row, starts[row] + place]               # (N,)
-        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
-            x = hidden(model, tokens)[row, starts[row] + place - 1]
-            every = model.head(x).float().log_softmax(dim=-1)  # (N, V)
-        seen = [every.gather(-1, drawn[:, None])[:, 0], -(every.exp() * every).sum(dim=-1)]
-        seen += [] if head is None else [head(x)]
-        found.append([every.new_zeros(mask.shape).masked_scatter(mask, s) for s in seen])
+    parts = lengths.argsort().chunk(4)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for rows in parts:
+            tokens = r.tokens[rows, :lengths[rows].max()]
+            found.append(look_rows(model, tokens, r.starts[rows], r.mask[rows], head))
     back = torch.cat(parts).argsort()
     return Outlook(*(torch.cat(columns)[back] for columns in zip(*found)))
 
-# %% ../../nbs/72_align.policy.ipynb #13bed157
+# %% ../../nbs/72_align.policy.ipynb #bd40ee4a
 @dataclass(frozen=True)
 class PolicyConfig:
     "All that decides the numbers of a policy's tuning."
@@ -283,6 +294,7 @@ class PolicyConfig:
     kl: float = 0.05                 # Coefficient of the KL, to begin with
     kl_target: float | None = None   # Nats per answer; the coefficient then adapts
     clip: float = 0.2                # How far a ratio may go
+    entropy: float = 0.0             # PPO's reward for uncertainty, per nat
     normalise: str = "token"         # How GRPO averages over tokens, see `average`
     max_new_tokens: int = 40         # Longer answers are cut
 
@@ -357,7 +369,7 @@ def advantages_of(
     seen = gain[mask]
     return (gain - seen.mean()) / (seen.std() + 1e-4), returns
 
-# %% ../../nbs/72_align.policy.ipynb #3fb98e2e
+# %% ../../nbs/72_align.policy.ipynb #0a590c8a
 def loss_of(
     t: PolicyTuner,    # Method and settings
     new: Outlook,      # Now
@@ -372,7 +384,7 @@ def loss_of(
     if c.method == "reinforce":
         return -(average(gains * new.log_probs, mask, "constant", c.max_new_tokens))
     if c.method == "ppo":
-        return ppo_loss(new, old, gains, returns, mask, c.clip).total
+        return ppo_loss(new, old, gains, returns, mask, c.clip, entropy_weight=c.entropy).total
     return grpo_loss(new.log_probs, old.log_probs, gains[:, 0], mask, reference,
                      t.leash.coefficient, c.clip, c.normalise, c.max_new_tokens)
 
