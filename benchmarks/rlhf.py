@@ -9,9 +9,10 @@ TRL is no part of the course's environment: make one for it, for example
 Without --trl-python, the environment of the course is tried. The model is Llama-shaped with random
 weights, so that answers run to their full length and both do the same amount of work: a step draws
 answers in groups, grades them with a plain Python function, and makes one step of AdamW with a KL
-penalty to a reference. Samples count as far as they have their full number of tokens. Ours and TRL's run in turn, each in a process of its own, in float32 and in
-bfloat16; the better precision counts for each. PPO of ours is measured beside it. The last line is
-JSON: `value` is our samples per second over TRL's.
+penalty to a reference. Samples count as far as they have their full number of tokens. Ours and
+TRL's run in turn, each in a process of its own, in float32 and in bfloat16; the better precision
+counts for each. PPO of ours is measured beside it. The last line is JSON: `value` is our samples
+per second over TRL's.
 """
 
 import argparse
@@ -237,7 +238,7 @@ def main() -> None:
     for kind in ("grpo", "ppo", "trl"):
         found = [statistics.median(r) for name, r in rates.items() if name.startswith(kind) and r]
         best[kind] = max(found, default=None)
-    result = {"name": "rlhf", "value": None, "unit": "x TRL's samples per second", "bar": None}
+    result = {"name": "rlhf", "value": None, "unit": "x TRL's samples per second", "bar": 1.0}
     if best["trl"] is None:
         print(f"TRL could not be measured: {reason.splitlines()[-1] if reason else 'no result'}")
     else:

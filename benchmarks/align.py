@@ -1,0 +1,185 @@
+"""Full runs for lessons 71 to 73, three seeds each, recorded in `llm_course/assets/align.json`.
+
+    python benchmarks/align.py                    one run of each method, checked against the bar
+    python benchmarks/align.py --measure          every part anew (slow)
+    python benchmarks/align.py --measure beta     one part
+
+The lessons draw the recorded runs. All of them start from the assistant and the reward model that
+ship with the course. The parts:
+
+    policy   REINFORCE, PPO and GRPO against the reward model; the true reward is only written down
+    beta     GRPO against a reward model that was taught by annotators who like long answers and
+             flattery, with
+             KL coefficients from 0 up: over-optimisation, and the leash that prevents it
+    pairs, best, refusal   for lesson 73, see `preference.py`
+
+A run records a column for each quantity, and `looks` at held-out prompts on the way. KL is in nats
+per answer. Each part is kept in the file as soon as it is there. The last line is JSON; `value` is
+the smallest share of the gap between the assistant's true reward and the highest possible one that
+PPO or GRPO closed at a KL below 15 nats, on held-out prompts; the bar is 0.25.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import preference
+import torch
+
+from llm_course.align.policy import draw_answers, evaluate_policy, true_reward, tune_policy
+from llm_course.align.reward import RewardModel, as_reward, load_reward, train_reward
+from llm_course.align.sft import load_assistant
+from llm_course.core import asset, atomic_write
+from llm_course.talk import Talk, annotators
+
+FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "align.json"
+SEEDS = (0, 1, 2)
+SETTINGS = {
+    "reinforce": {"lr": 2e-3, "kl": 0.05},
+    "ppo": {"lr": 2e-3, "kl": 0.05},
+    "grpo": {"lr": 2e-3, "kl": 0.05},
+}
+STEPS, LONG_STEPS, LOOK_EVERY = 40, 60, 10
+BETAS = (0.0, 0.02, 0.05, 0.1, 0.2)
+COLUMNS = ("reward", "true", "kl", "length")
+
+
+class Village:
+    "Everything that all runs share; loaded when it is first needed."
+
+    def __init__(self):
+        self.talk = Talk()
+        self.model, self.tokenizer = load_assistant()
+        self.truth = true_reward(self.talk)
+        self.prompts = self.talk.prompts(2000, seed=1)
+        self.held = self.talk.prompts(300, seed=2, split="held-out")
+        self._rewards = {}
+
+    def reward(self, name: str):
+        "The reward model that ships, or one that learned from people with a bias."
+        if name not in self._rewards:
+            self._rewards[name] = self._ship() if name == "ship" else self._biased()
+        return self._rewards[name]
+
+    def _ship(self):
+        return as_reward(load_reward(asset("reward.safetensors")), self.tokenizer)
+
+    def _biased(self):
+        crowd = annotators(20, seed=1, length=0.4, flattery=0.4)
+        pairs = self.talk.pairs(3000, seed=11, crowd=crowd)
+        torch.manual_seed(0)
+        model = RewardModel(self.model)
+        train_reward(model, self.tokenizer, pairs, watch=None)
+        return as_reward(model, self.tokenizer)
+
+    def look(self, model, proxy, seed: int = 0) -> dict:
+        "What a policy is worth on held-out prompts."
+        rewards = {"true": self.truth, "reward": proxy}
+        row = evaluate_policy(model, self.tokenizer, self.held, rewards, self.model, seed)
+        return {name: round(row[name], 3) for name in (*COLUMNS, "finished")}
+
+
+def samples(village: Village, model, proxy, n: int = 6) -> list:
+    "Some held-out prompts, what the model answers, and both rewards."
+    g = torch.Generator().manual_seed(0)
+    r = draw_answers(model, village.tokenizer, village.held[:n], generator=g)
+    both = zip(proxy(r.messages, r.answers).tolist(), village.truth(r.messages, r.answers).tolist())
+    return [
+        [m[-1]["content"], a, round(p, 2), round(t, 2)]
+        for m, a, (p, t) in zip(r.messages, r.answers, both)
+    ]
+
+
+def run(village: Village, proxy, method: str, seed: int, steps: int, **settings) -> dict:
+    "Tune a copy of the assistant; columns of its history, and looks on the way."
+    model, looks, start = copy.deepcopy(village.model), [], time.perf_counter()
+
+    def watch(t):
+        if t.step % LOOK_EVERY == 0:
+            looks.append({"step": t.step, **village.look(t.model, proxy)})
+
+    history = tune_policy(
+        model, village.tokenizer, village.prompts, proxy, method, judge=village.truth, seed=seed,
+        steps=steps, watch=watch, **settings,
+    )  # fmt: skip
+    columns = {name: [round(row[name], 3) for row in history] for name in COLUMNS}
+    last = looks[-1]
+    print(
+        f"{method:10} seed {seed} {settings}: true {last['true']:.3f}, proxy {last['reward']:.2f}, "
+        f"KL {last['kl']:.1f}, {last['length']:.0f} tokens, {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
+    found = {"method": method, "seed": seed, "beta": settings["kl"], **columns, "looks": looks}
+    return {**found, "samples": samples(village, model, proxy)} if seed == 0 else found
+
+
+def policy(village: Village) -> dict:
+    "Three methods, three seeds, the reward model that ships."
+    proxy = village.reward("ship")
+    runs = [run(village, proxy, m, s, STEPS, **SETTINGS[m]) for m in SETTINGS for s in SEEDS]
+    return {"start": village.look(village.model, proxy), "runs": runs}
+
+
+def beta(village: Village) -> dict:
+    "GRPO against people who like long answers, on leashes of several lengths."
+    proxy = village.reward("biased")
+    lr = SETTINGS["grpo"]["lr"]
+    runs = [run(village, proxy, "grpo", s, LONG_STEPS, lr=lr, kl=kl) for kl in BETAS for s in SEEDS]
+    return {"start": village.look(village.model, proxy), "runs": runs}
+
+
+PARTS = {"policy": policy, "beta": beta, **preference.PARTS}
+
+
+def gap_closed(start: float, look: dict) -> float:
+    "The share of the gap to a reward of 1, if the KL is small enough."
+    return (look["true"] - start) / (1 - start) if look["kl"] < 15 else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--file", type=Path, default=FILE)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    names = [] if chosen.measure is None else chosen.measure or list(PARTS)
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"there is no part {unknown}; choose from {list(PARTS)}")
+    village = Village()
+    for name in names:
+        start = time.time()
+        found = PARTS[name](village)
+        file = chosen.file  # read again: somebody else may have measured another part meanwhile
+        tables = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        tables[name] = found
+        tables["made"] = {
+            "command": "python benchmarks/align.py --measure",
+            "date": datetime.date.today().isoformat(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        }
+        with atomic_write(file, "w") as f:
+            json.dump(tables, f)
+        print(f"{name}: {time.time() - start:.0f} s", flush=True)
+    proxy = village.reward("ship")
+    start, closed = village.look(village.model, proxy)["true"], []
+    if names:
+        runs = json.loads(chosen.file.read_text(encoding="utf-8"))["policy"]["runs"]
+        closed = [gap_closed(start, r["looks"][-1]) for r in runs if r["method"] != "reinforce"]
+    else:
+        for method in ("ppo", "grpo"):
+            row = run(village, proxy, method, 0, STEPS, **SETTINGS[method])
+            closed.append(gap_closed(start, row["looks"][-1]))
+    value = round(min(closed), 3)
+    print(f"true reward of the assistant {start:.3f}; share of the gap closed: {closed}")
+    print(json.dumps({"name": "align", "value": value, "unit": "of the gap", "bar": 0.25}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
