@@ -102,5 +102,5 @@ def test_it_learns_an_answer_by_heart():
     torch.manual_seed(0)
     tokenizer, model = add_chat_tokens(ByteTokenizer(), small(ByteTokenizer()))
     fine_tune(model, tokenizer, [say("a?", "yes"), say("b?", "no")] * 8, 40, batch_size=4, lr=0.01,
-              lr_matrix=0.03, watch=None)
+              lr_matrix=0.03, pack=False, watch=None)
     assert answer_batch(model, tokenizer, [say("a?"), say("b?")], 8, temperature=0) == ["yes", "no"]

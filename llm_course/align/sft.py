@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'CHAT_TOKENS', 'more_rows', 'grow', 'add_chat_tokens', 'Rendered', 'check_messages', 'render', 'render_text',
-           'say', 'ChatBatches', 'as_shards', 'Packed', 'render_story', 'fine_tune', 'recent', 'answer_batch', 'answer',
-           'load_assistant']
+           'say', 'ChatBatches', 'as_shards', 'Packed', 'LoRA', 'add_lora', 'merge_lora', 'render_story', 'fine_tune',
+           'recent', 'answer_batch', 'answer', 'load_assistant', 'Read', 'read_lines', 'fit_chat', 'read_chats',
+           'read_pairs', 'Preference']
 
-# %% ../../nbs/70_align.sft.ipynb #c3dff7d3
-import copy
+# %% ../../nbs/70_align.sft.ipynb #2c9357c1
+import copy, json, math
+from collections import Counter
 from dataclasses import replace
-from typing import Iterable, NamedTuple
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
 from ..core import asset
 from ..data.batches import DocumentBatches, Shards, one_pass
-from ..generate.sampling import generate_batch
+from ..generate.cache import sample_batch
 from ..model.gpt import GPT, load_model
 from ..tokens.bpe import END, Tokenizer, load_tokenizer
 from ..train.loop import Progress, TrainConfig, train
@@ -176,7 +179,64 @@ class Packed(nn.Module):
         "Logits (B, T, V), where each text sees only itself."
         return self.model(tokens, (tokens == self.end_id).cumsum(dim=1))
 
-# %% ../../nbs/70_align.sft.ipynb #1905767c
+# %% ../../nbs/70_align.sft.ipynb #5ae2ce67
+class LoRA(nn.Module):
+    "A frozen linear layer beside two narrow matrices that learn (arXiv:2106.09685)."
+    def __init__(
+        self,
+        linear: nn.Linear,                  # Stays as it is
+        rank: int = 8,                      # r, width of the way round
+        alpha: float = 16.0,                # What goes that way counts alpha / r
+        g: torch.Generator | None = None,   # For the first values
+    ):
+        super().__init__()
+        n_out, n_in = linear.weight.shape
+        if not 1 <= rank <= min(n_out, n_in):
+            raise ValueError(f"rank is {rank}; expected 1 to {min(n_out, n_in)} for this layer")
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        down = torch.randn(rank, n_in, generator=g) / math.sqrt(n_in)
+        self.down = nn.Parameter(down.to(linear.weight))                     # A, (r, C_in)
+        self.up = nn.Parameter(linear.weight.new_zeros(n_out, rank))         # B, (C_out, r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        "The layer's answer and the correction, (..., C_in) -> (..., C_out)."
+        return self.linear(x) + self.scale * (x @ self.down.T @ self.up.T)
+
+# %% ../../nbs/70_align.sft.ipynb #a148e3f9
+def _replace(model: nn.Module, kind: type, make: Callable) -> None:
+    "Put `make(layer)` in the place of each layer of a kind."
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is kind and not isinstance(parent, LoRA):
+                setattr(parent, name, make(layer))
+
+def add_lora(
+    model: GPT,          # Changed in place: everything else is frozen
+    rank: int = 8,       # r
+    alpha: float = 16.0, # What the new part counts is alpha / r
+    seed: int = 0,       # For the first values
+) -> GPT:                # The same model; it still says what it said before
+    "Give each linear layer a narrow way round; a head that is tied to the embedding gets none."
+    if any(isinstance(m, LoRA) for m in model.modules()):
+        raise ValueError("this model has LoRA layers already; merge_lora first")
+    g = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for part in [model.blocks] if model.config.style.tied_head else [model]:
+        _replace(part, nn.Linear, lambda layer: LoRA(layer, rank, alpha, g))
+    return model
+
+@torch.no_grad()
+def merge_lora(
+    model: GPT, # Changed in place
+) -> GPT:       # The same model without LoRA layers; all of it can learn again
+    "Add each correction to its matrix: W + (alpha / r) B A."
+    def merged(layer):
+        layer.linear.weight += layer.scale * (layer.up @ layer.down)
+        return layer.linear
+    _replace(model, LoRA, merged)
+    return model.requires_grad_(True)
+
+# %% ../../nbs/70_align.sft.ipynb #3797dcad
 def render_story(
     tokenizer: Tokenizer, # Any of the course
     text: str,            # A document, as in pretraining
@@ -189,13 +249,13 @@ def fine_tune(
     model: GPT,                        # Trained in place
     tokenizer: Tokenizer,              # Knows `CHAT_TOKENS`
     conversations: list[list[dict]],   # Messages; none longer than the context
-    epochs: float = 2,                 # How often each is seen
+    epochs: float = 4,                 # How often each is seen
     minutes: float | None = None,      # Instead: how long to learn
-    batch_size: int = 16,              # Rows in a batch
-    lr_matrix: float | None = 0.01,    # Muon's; None: AdamW for all
-    lr: float = 0.003,                 # AdamW's
+    batch_size: int = 8,               # Rows in a batch
+    lr_matrix: float | None = 0.01,    # Muon's; None, and with LoRA: AdamW for all
+    lr: float = 0.02,                  # AdamW's
     stories: Iterable[str] = (),       # Documents to mix in, against forgetting
-    pack: bool = False,                # Several conversations in a row? They stay apart
+    pack: bool = True,                 # Several conversations in a row? They stay apart
     seed: int = 0,                     # For the order
     **options,                         # For `train`: valid, folder, watch, curve ...
 ) -> Progress:                         # What happened
@@ -205,13 +265,14 @@ def fine_tune(
     batches = ChatBatches(texts, batch_size, model.config.context_length, seed, pack)
     steps = max(1, round(epochs * sum(1 for _ in one_pass(batches))))
     budget = {"minutes": minutes} if minutes else {"steps": steps}
-    config = TrainConfig(**budget, lr_matrix=lr_matrix, lr=lr)
+    narrow = any(isinstance(layer, LoRA) for layer in model.modules())
+    config = TrainConfig(**budget, lr_matrix=None if narrow else lr_matrix, lr=lr)
     whole = Packed(model, tokenizer.end_id) if pack else model
     progress = train(whole, batches, config, **options)
     model.eval()
     return progress
 
-# %% ../../nbs/70_align.sft.ipynb #9abc8c97
+# %% ../../nbs/70_align.sft.ipynb #03da255b
 def recent(
     tokenizer: Tokenizer, # Knows `CHAT_TOKENS`
     messages: list[dict], # A conversation that waits for an answer
@@ -239,9 +300,10 @@ def answer_batch(
     room = model.config.context_length - max_new_tokens
     prompts = [render(tokenizer, recent(tokenizer, messages, room), reply=True).tokens
                for messages in conversations]
-    stop = set(tokenizer.special_tokens.values())
-    new = generate_batch(model, prompts, max_new_tokens, stop, **sampling)
-    return [tokenizer.decode(ids).removeprefix(" ") for ids in new]
+    stops = set(tokenizer.special_tokens.values())
+    new = sample_batch(model, prompts, max_new_tokens, stops, **sampling).tokens
+    said = [[i for i in ids if i not in stops] for ids in new]
+    return [tokenizer.decode(ids).removeprefix(" ") for ids in said]
 
 def answer(
     model: GPT,           # A model that was fine-tuned
@@ -260,3 +322,123 @@ def load_assistant(
     model = load_model(asset(f"{name}.safetensors"))
     tokenizer, model = add_chat_tokens(load_tokenizer(asset("story.bpe")), model)
     return model, tokenizer
+
+# %% ../../nbs/70_align.sft.ipynb #c84b209f
+class Read(NamedTuple):
+    "What a file of conversations or pairs gave."
+    items: list   # What can be learned from
+    notes: list   # One line of text for each line of the file that was left out or cut
+
+    def __str__(self) -> str:
+        "A summary for people."
+        kinds = Counter(note.split(": ", 1)[1] for note in self.notes)
+        return "\n".join([f"{len(self.items)} usable", *(f"{n} x {what}" for what, n in kinds.items())])
+
+def read_lines(
+    path: str | Path, # A file with one JSON object per line
+) -> Iterator[tuple[str, dict]]: # "file, line n" and the object
+    "Read JSON lines. Raises `ValueError` that names file and line."
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line.decode("utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{where}: this is no JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{where}: expected an object in braces, not {line[:40]!r}")
+        yield where, found
+
+# %% ../../nbs/70_align.sft.ipynb #3b411df9
+def fit_chat(
+    tokenizer: Tokenizer, # Knows `CHAT_TOKENS`
+    messages: list[dict], # A conversation
+    longest: int,         # The context length
+) -> list[dict]:          # Its beginning, as far as it fits; it ends with an answer, or is empty
+    "Cut a conversation that is too long behind an answer."
+    for n in range(len(messages), 0, -1):
+        if messages[n - 1]["role"] == "assistant":
+            if len(render(tokenizer, messages[:n]).tokens) - 1 <= longest:
+                return messages[:n]
+    return []
+
+def read_chats(
+    path: str | Path,                  # Lines {"messages": [{"role": ..., "content": ...}, ...]}
+    tokenizer: Tokenizer | None = None,# Knows `CHAT_TOKENS`; needed to measure lengths
+    longest: int | None = None,        # The context length; by default no conversation is cut
+) -> Read:                             # Conversations, and what was left out
+    "Read conversations. Raises `ValueError` that names file and line."
+    chats, notes = [], []
+    for where, found in read_lines(path):
+        messages = _messages(where, found, "messages")
+        said = [m["content"] for m in messages if m["role"] == "assistant"]
+        what = "nothing that the assistant says, left out" if not said else ""
+        if not all(text.strip() for text in said):
+            what = "an empty answer, left out"
+        elif said and longest and (cut := fit_chat(tokenizer, messages, longest)) != messages:
+            what = "too long, cut behind an answer" if cut else "too long, left out"
+            messages = cut
+        notes += [f"{where}: {what}"] if what else []
+        chats += [] if what.endswith("left out") else [messages]
+    return Read(chats, notes)
+
+# %% ../../nbs/70_align.sft.ipynb #abc07b2d
+def _messages(where: str, found: dict, key: str) -> list[dict]:
+    "A conversation in an object; a text is what a user says."
+    if key not in found:
+        raise ValueError(f"{where}: there is no {key!r}, only {list(found)}")
+    messages = found[key]
+    messages = say(messages) if isinstance(messages, str) else messages
+    try:
+        check_messages(messages)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+def _completion(where: str, found: dict, key: str) -> tuple[list[dict], str]:
+    "An answer, and what comes before it if the conversation is written out with it."
+    if isinstance(found.get(key), str):
+        return [], found[key]
+    messages = _messages(where, found, key)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: {key!r} does not end with what the assistant says")
+    return messages[:-1], messages[-1]["content"]
+
+def read_pairs(
+    path: str | Path,                  # Lines {"prompt": ..., "chosen": ..., "rejected": ...}
+    tokenizer: Tokenizer | None = None,# Knows `CHAT_TOKENS`; needed to measure lengths
+    longest: int | None = None,        # The context length; by default anything goes
+) -> Read:                             # Pairs with messages, chosen and rejected
+    "Read preferences; texts or messages. Raises `ValueError` that names file and line."
+    pairs, notes = [], []
+    for where, found in read_lines(path):
+        (before, chosen), (other, rejected) = (
+            _completion(where, found, key) for key in ("chosen", "rejected"))
+        messages = _messages(where, found, "prompt") if "prompt" in found else before
+        if before != other or not messages:
+            raise ValueError(f"{where}: 'chosen' and 'rejected' answer different conversations")
+        pair = Preference(messages, chosen, rejected)
+        what = _trouble(pair, tokenizer, longest)
+        notes += [f"{where}: {what}"] if what else []
+        pairs += [] if what else [pair]
+    return Read(pairs, notes)
+
+# %% ../../nbs/70_align.sft.ipynb #35ad3ed4
+class Preference(NamedTuple):
+    "Two answers to the same conversation."
+    messages: list # What was said before
+    chosen: str    # The better answer
+    rejected: str  # The worse one
+
+def _trouble(pair: Preference, tokenizer, longest: int | None) -> str:
+    "Why a pair teaches nothing; empty if it does."
+    answers = [pair.chosen.strip(), pair.rejected.strip()]
+    if not all(answers):
+        return "an empty answer, left out"
+    if answers[0] == answers[1]:
+        return "chosen and rejected are the same, left out"
+    longer = [[*pair.messages, {"role": "assistant", "content": text}] for text in answers]
+    if longest and any(len(render(tokenizer, m).tokens) - 1 > longest for m in longer):
+        return "too long, left out"
+    return ""
