@@ -2,6 +2,7 @@
 
     python benchmarks/race.py [--seeds 0 1 2 3 4] [--tokens 2000000] [--seconds 2]
         [--widths 8 16 32] [--methods NAME...] [--json FILE]
+    python benchmarks/race.py --shapes [--seeds 0 1 2 3 4] [--trainings 48] [--seconds 0.3]
 
 Random search, hill climbing, a genetic algorithm, an evolution strategy, CMA-ES (its diagonal
 form), SGD and Adam train one-layer models of three sizes on the characters of the story world.
@@ -11,8 +12,15 @@ and the seconds of that core. Before the race, each method tries six settings, t
 two batch sizes, with a quarter of both budgets and a seed of its own; the best one races. The loss
 is measured on stories that nobody trained on.
 
+With `--shapes`, another race: who finds the better architecture and hyperparameters for a small GPT
+that is trained for a fraction of a second, evolution or random search? Nine choices (step size,
+rows, width, layers, heads, hidden width, activation, positions, token shift), each method makes the
+same number of trainings, and the winners are trained again with another seed, because the best of
+many trainings is lucky, too.
+
 The last line is JSON; `value` is how many nats per token the evolution strategy is behind Adam at
-the end of the budget of token evaluations, in the largest model (median of seeds). It has no bar:
+the end of the budget of token evaluations, in the largest model (median of seeds), and with
+`--shapes` how many nats the evolved winner is ahead of that of random search. It has no bar:
 it is an answer, not an aim. `--json FILE` writes all curves, for the lesson; what the file has
 already, of other widths and methods, stays in it.
 """
@@ -23,19 +31,17 @@ import json
 import math
 import platform
 import statistics
+import time
 from pathlib import Path
 
 import torch
 
 from llm_course.core import atomic_write
-from llm_course.evolve.search import (
-    GA,
-    HillClimb,
-    RandomSearch,
-    flatten,
-    population_loss,
-)
-from llm_course.evolve.strategies import CMAES, ES, gradient_step, search_step, trace
+from llm_course.evolve.population import population_loss
+from llm_course.evolve.race import gradient_step, search_step, trace
+from llm_course.evolve.search import GA, HillClimb, RandomSearch, evolve, flatten, one_by_one
+from llm_course.evolve.strategies import CMAES, ES
+from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import CharTokenizer
 from llm_course.train.loop import keep_memory
@@ -166,34 +172,147 @@ def race(text, widths, methods, seeds, tokens, seconds) -> list:
     return found
 
 
-def write(args, found: list) -> None:
-    "Put the curves into the file, beside those of other widths."
-    old = json.loads(args.json.read_text(encoding="utf-8"))["results"] if args.json.exists() else []
-    rows = {(r["parameters"], r["method"]): r for r in old + found}
-    results = [rows[key] for key in sorted(rows, key=lambda k: (k[0], list(STEPS).index(k[1])))]
-    seeds = " ".join(map(str, args.seeds))
-    made = {
-        "command": f"python benchmarks/race.py --seeds {seeds} --tokens {args.tokens} "
-        f"--seconds {args.seconds:g}",
+GENES = {  # name -> a number from 0 to 1 becomes a choice
+    "step size": lambda u: 0.001 * 300**u,
+    "rows": lambda u: round(2 * 32**u),
+    "width": lambda u: 8 * (1 + int(8 * u)),
+    "layers": lambda u: 1 + int(3 * u),
+    "heads": lambda u: (1, 2, 4)[int(3 * u)],
+    "hidden": lambda u: 1 + int(4 * u),
+    "activation": lambda u: ("gelu", "relu2", "swiglu")[int(3 * u)],
+    "position": lambda u: ("none", "learned", "rope")[int(3 * u)],
+    "shift": lambda u: u >= 0.5,
+}
+
+
+def express(vector) -> dict:
+    "The choices of a vector of numbers that are normally distributed in a random search."
+    shares = torch.special.ndtr(vector).clamp(max=1 - 1e-6).tolist()
+    return {name: rule(u) for (name, rule), u in zip(GENES.items(), shares)}
+
+
+def train_shape(text, genes: dict, seconds: float, seed: int) -> float:
+    "Loss on unseen stories after so many seconds of one core."
+    style = Style("rms-plain", genes["position"], genes["activation"], shift=genes["shift"])
+    torch.manual_seed(seed)
+    width, batch = genes["width"], text.batches(genes["rows"], seed)
+    heads = genes["heads"], None, width * genes["hidden"]
+    model = GPT(
+        GPTConfig(text.tokenizer.vocab_size, CONTEXT, width, genes["layers"], *heads, style)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=genes["step size"])
+    begun, step, left = time.process_time(), 0, 1.0
+    while left > 0:
+        tokens, targets = batch(step)
+        loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = genes["step size"] * left
+        optimizer.step()
+        step, left = step + 1, 1 - (time.process_time() - begun) / seconds
+    loss = population_loss(model, flatten(model)[None], *text.valid).item()
+    return loss if math.isfinite(loss) else 99.0
+
+
+def search_shapes(text, method: str, trainings: int, seconds: float, seed: int) -> dict:
+    "All losses in the order of training, the best choices, and their loss with other seeds."
+    tried = []  # (loss, numbers)
+
+    def score(vector):
+        loss = round(train_shape(text, express(vector), seconds, seed), 4)
+        tried.append((loss, vector.clone()))
+        return -loss
+
+    first = trainings if method == "random search" else trainings // 3
+    search = RandomSearch(torch.zeros(len(GENES)), first, 1.0, seed)
+    evolve(search, one_by_one(score), generations=1)
+    if method == "evolution":  # the first third are the ancestors of the others
+        search = GA(torch.zeros(len(GENES)), first, 0.5, pressure=0.25, seed=seed)
+        search.memory |= {
+            "pool": torch.stack([vector for _, vector in tried]),
+            "scores": torch.tensor([-loss for loss, _ in tried]),
+        }
+        evolve(search, one_by_one(score), evaluations=trainings - first)
+    losses = [loss for loss, _ in tried]
+    genes = express(tried[losses.index(min(losses))][1])
+    again = [round(train_shape(text, genes, seconds, 1000 + s), 4) for s in range(3)]
+    return {"method": method, "seed": seed, "losses": losses, "best": genes, "again": again}
+
+
+def race_shapes(args) -> None:
+    "Evolution and random search look for a small GPT."
+    text, found = Text(), []
+    for seed in args.seeds:
+        for method in ("random search", "evolution"):
+            found.append(search_shapes(text, method, args.trainings, args.seconds, seed))
+            row = found[-1]
+            print(
+                f"seed {seed}  {method:14s} {min(row['losses']):.3f}, again "
+                f"{statistics.median(row['again']):.3f}  {row['best']}",
+                flush=True,
+            )
+    end = {
+        m: statistics.median([statistics.median(r["again"]) for r in found if r["method"] == m])
+        for m in ("random search", "evolution")
+    }
+    if args.json:
+        facts = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+        seeds = " ".join(map(str, args.seeds))
+        command = (
+            f"python benchmarks/race.py --shapes --seeds {seeds} --trainings "
+            f"{args.trainings} --seconds {args.seconds:g}"
+        )
+        facts["shapes"] = {"made": made_by(command), "seconds": args.seconds, "results": found}
+        save(args.json, facts)
+    gap = round(end["random search"] - end["evolution"], 3)
+    print(json.dumps({"name": "race", "value": gap, "unit": "nats per token", "bar": None}))
+
+
+def made_by(command: str) -> dict:
+    "Where and when figures were made."
+    return {
+        "command": command,
         "date": datetime.date.today().isoformat(),
         "machine": f"one core of {platform.machine()}, torch {torch.__version__}",
     }
-    facts = {"made": made, "tokens": args.tokens, "seconds": args.seconds, "results": results}
-    with atomic_write(args.json, "w") as f:
+
+
+def save(path: Path, facts: dict) -> None:
+    "Write a file for the lesson."
+    with atomic_write(path, "w") as f:
         json.dump(facts, f, separators=(",", ":"))
+
+
+def write(args, found: list) -> None:
+    "Put the curves into the file, beside those of other widths."
+    facts = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+    rows = {(r["parameters"], r["method"]): r for r in facts.get("results", []) + found}
+    results = [rows[key] for key in sorted(rows, key=lambda k: (k[0], list(STEPS).index(k[1])))]
+    seeds = " ".join(map(str, args.seeds))
+    command = (
+        f"python benchmarks/race.py --seeds {seeds} --tokens {args.tokens} "
+        f"--seconds {args.seconds:g}"
+    )
+    facts |= {"made": made_by(command), "tokens": args.tokens, "seconds": args.seconds}
+    save(args.json, {**facts, "results": results})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--shapes", action="store_true")
+    parser.add_argument("--trainings", type=int, default=48)
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--methods", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    args.seconds = args.seconds or (0.3 if args.shapes else 2.0)
     torch.set_num_threads(1)
     keep_memory()
+    if args.shapes:
+        return race_shapes(args)
     text = Text()
     print(
         "parameters, method, settings, loss in nats per token: median (range) of "

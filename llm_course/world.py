@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'RELATIONS', 'LISTS', 'GRAMMAR', 'QUESTIONS', 'Text', 'Show', 'Draw', 'Pick', 'read_rules', 'parse',
-           'look_up', 'choices', 'tell', 'Teller', 'follow', 'Impossible', 'Reader', 'make_facts', 'expect', 'floor',
-           'Question', 'ask', 'World', 'surprises', 'next_words']
+           'look_up', 'choices', 'tell', 'Teller', 'follow', 'Impossible', 'Reader', 'make_facts', 'printed', 'expect',
+           'floor', 'Question', 'ask', 'World', 'surprises', 'next_words']
 
 # %% ../nbs/01_world.ipynb #12b33789
 import math
@@ -576,8 +576,12 @@ ghost: ^for {n=few} nights there had been [moans|footsteps|sobs|howls|rattles|gr
 """
 
 # %% ../nbs/01_world.ipynb #04e4bc4c
-def _printed(node: Show | Draw, pools: dict, teller: Teller) -> tuple[float, list[str]]:
-    "The entropy of a draw, and all that it or a name can print, each equally likely."
+def printed(
+    node: Show | Draw, # A name, or a draw of one
+    pools: dict,       # Name -> values it can stand for; grows with every draw
+    teller: Teller,    # Whose grammar
+) -> tuple[float, list[str]]: # Entropy of the draw in nats, and all that can be printed
+    "What a name or a draw can print; all of it is equally likely."
     nats = 0.0
     if isinstance(node, Draw):
         names = node.source.split(",")
@@ -598,7 +602,7 @@ def expect(
     if isinstance(node, Text):
         return [0.0, len(node.text), node.text.count(" ")]
     if not isinstance(node, Pick):
-        nats, shown = _printed(node, pools, teller)
+        nats, shown = printed(node, pools, teller)
         return [nats, len("".join(shown)) / len(shown), "".join(shown).count(" ") / len(shown)]
     total = [sum(-p * math.log(p) for p, _ in node.options), 0.0, 0.0]
     for p, parts in node.options:

@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 
 from llm_course.evolve.many import Exchange, evolve_together, own_rows, take_part
+from llm_course.evolve.population import LowRankNoise
 from llm_course.evolve.search import dense, evolve, flatten
-from llm_course.evolve.strategies import CMAES, ES, LowRankNoise, centred_ranks
+from llm_course.evolve.strategies import CMAES, ES, centred_ranks
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.train.loop import checksum
 
@@ -34,7 +35,8 @@ WORKER = """
     import json, os, signal, sys, time
     import torch
     import torch.distributed as dist
-    from llm_course.evolve.search import flatten, population_loss
+    from llm_course.evolve.population import population_loss
+    from llm_course.evolve.search import flatten
     from llm_course.evolve.many import Exchange, evolve_together, torchrun_store
     from llm_course.evolve.strategies import ES
     from llm_course.model.gpt import GPT, GPTConfig
