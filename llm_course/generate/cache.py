@@ -300,7 +300,7 @@ def _write_batch(model, prompts, max_new_tokens, stops, n, dtype, sampling):
         _write(model, cache, logits, tokens[:, :most], log_probs, room, ends, sampling)
     return tokens, log_probs, torch.isin(tokens, ends).any(dim=1)
 
-# %% ../../nbs/51_generate.cache.ipynb #a0fb08e7
+# %% ../../nbs/51_generate.cache.ipynb #b37224c0
 def sample_batch(
     model: nn.Module,               # A `GPT`, perhaps compiled or wrapped
     prompts: list,                  # Token lists, of any lengths from 1
@@ -318,7 +318,7 @@ def sample_batch(
     parts = [_write_batch(model, part, max_new_tokens, _stops(stop), n, dtype, sampling)
              for part in _cut(rows, each)]
     if not parts:
-        return Samples([], torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0))
+        return Samples([], torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0) > 0)
     tokens, log_probs, stopped = (torch.cat(part) for part in zip(*parts))
     mask = tokens >= 0
     new = [row[keep].tolist() for row, keep in zip(tokens, mask)]
