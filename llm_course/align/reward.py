@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KIND', 'Judgement', 'append_line', 'read_judgements', 'next_question', 'SelfAgreement', 'self_agreement', 'Judge',
-           'question_html', 'judge_note', 'judge_panel', 'bradley_terry_loss', 'Score', 'RewardModel', 'Choice',
-           'pad_rows', 'render_answer', 'EncodedPairs', 'encode_pairs', 'group_wins', 'pair_batch', 'plan_pass',
-           'PairBatches', 'score_rows', 'as_reward', 'margins', 'train_reward', 'centre', 'compare_all',
-           'sample_answers', 'collect_pairs', 'save_reward', 'load_reward']
+           'question_html', 'judge_note', 'judge_panel', 'bradley_terry_loss', 'RewardModel', 'in_answer',
+           'what_tokens_show', 'Choice', 'pad_rows', 'render_answer', 'EncodedPairs', 'encode_pairs', 'group_wins',
+           'pair_batch', 'plan_pass', 'PairBatches', 'score_rows', 'as_reward', 'margins', 'train_reward', 'centre',
+           'compare_all', 'sample_answers', 'collect_pairs', 'save_reward', 'load_reward']
 
-# %% ../../nbs/71_align.reward.ipynb #3d4fd7e9
+# %% ../../nbs/71_align.reward.ipynb #6be2fa9b
 import html, json, math, os, zlib
 from collections import Counter
 from copy import deepcopy
@@ -27,7 +27,7 @@ from .sft import recent, render, say
 from ..core import atomic_write
 from ..generate.cache import sample_batch
 from ..model.block import Style
-from ..model.gpt import GPT, GPTConfig
+from ..model.gpt import GPT, GPTConfig, enter
 from ..talk import Annotator, Pair, annotators
 from ..train.loop import Progress, TrainConfig, pick_precision, train
 
@@ -238,27 +238,23 @@ def bradley_terry_loss(
     "How surprising the choices are, if an answer wins with the sigmoid of its lead (1952)."
     return -F.logsigmoid(chosen - rejected).mean()
 
-# %% ../../nbs/71_align.reward.ipynb #5c8c35d6
-class Score(nn.Linear):
-    "The last layer, (B, T, C) -> (B, T, 1); in float32, for a score in bfloat16 is too coarse."
-    def forward(self, x: Tensor) -> Tensor:
-        "A weighted sum of the C numbers."
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
-
-# %% ../../nbs/71_align.reward.ipynb #abe571c4
+# %% ../../nbs/71_align.reward.ipynb #2b877c36
 class RewardModel(nn.Module):
-    "A GPT whose last layer gives a score instead of a next word."
+    "A GPT that gives points to each token of an answer; the score is their sum."
     def __init__(
         self,
-        body: GPT, # Whose weights it starts from; they are copied
+        body: GPT,            # Whose weights it starts from; they are copied
+        reply_id: int = -1,   # Id of <|assistant|>; what follows the last one is the answer
     ):
         super().__init__()
         self.config, self.body = body.config, deepcopy(body)
-        self.body.head = Score(body.config.d_model, 1, bias=False)
-        self.body.head.to(body.embed.weight)  # its device and its number type
-        nn.init.zeros_(self.body.head.weight)
-        self.register_buffer("mean", torch.zeros((), device=body.embed.weight.device))
+        for table in (self.body.embed, self.body.head):
+            table.weight.requires_grad_(False)  # it knows words already; comparisons are too few
+        weight = body.embed.weight
+        self.head = nn.Linear(body.config.d_model + 1, 1, bias=False).to(weight)
+        nn.init.zeros_(self.head.weight)
+        self.register_buffer("mean", torch.zeros((), device=weight.device))
+        self.register_buffer("reply_id", torch.tensor(reply_id, device=weight.device))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         "One score a row, read at the last of its `lengths` (B,) tokens, (B, T) -> (B,)."
@@ -266,10 +262,38 @@ class RewardModel(nn.Module):
         return self.every_score(tokens)[rows, lengths - 1]
 
     def every_score(self, tokens: Tensor) -> Tensor:
-        "The score of the text up to each of the `tokens`, (B, T) -> (B, T)."
-        return self.body(tokens)[..., 0].cumsum(dim=1) - self.mean
+        "The score so far at each of the `tokens`, (B, T) -> (B, T); -1 stands after the end."
+        answer = in_answer(tokens, self.reply_id)
+        seen = what_tokens_show(self.body, tokens.clamp_min(0), answer)
+        with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 is too coarse
+            points = F.linear(seen, self.head.weight.float())[:, 0]
+        return points.new_zeros(tokens.shape).masked_scatter(answer, points).cumsum(1) - self.mean
 
-# %% ../../nbs/71_align.reward.ipynb #529a415c
+# %% ../../nbs/71_align.reward.ipynb #4368b685
+def in_answer(
+    tokens: Tensor,   # (B, T), -1 after the end
+    reply_id: Tensor, # Id of <|assistant|>, ()
+) -> Tensor:          # True for the tokens of the answer, its end included, (B, T)
+    "What follows the last <|assistant|>; without one, all but the first token."
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    start = ((tokens == reply_id) * place).amax(dim=1, keepdim=True)
+    return (place > start) & (tokens >= 0)
+
+def what_tokens_show(
+    body: GPT,      # A language model
+    tokens: Tensor, # (B, T)
+    answer: Tensor, # Which of them count, (B, T); never the first of a row
+) -> Tensor:        # For each that counts: its stream, and how expected it was, (N, C + 1)
+    "The last stream of each token, and its log-probability (in nats) given those before."
+    x, rotate = enter(body, tokens)
+    for block in body.blocks:
+        x = block(x, rotate)
+    x, told = body.norm(x), answer[:, 1:]
+    logits = body.head(x[:, :-1][told])  # what the token before expected, (N, V)
+    expected = -F.cross_entropy(logits.float(), tokens[:, 1:][told], reduction="none")
+    return torch.cat([x[answer].float(), expected[:, None]], dim=1)
+
+# %% ../../nbs/71_align.reward.ipynb #8ed25664
 class Choice(nn.Module):
     "Answers to choose from -> logits of the choice: what `train` can train."
     def __init__(
@@ -283,18 +307,17 @@ class Choice(nn.Module):
         "Scores of every two of K answers; (B, K, T), -1 after the end -> (B, K (K - 1) / 2, 2)."
         B, K, T = tokens.shape
         flat = tokens.view(B * K, T)
-        scores = self.model(flat.clamp_min(0), (flat >= 0).sum(dim=1)).view(B, K)
+        scores = self.model(flat, (flat >= 0).sum(dim=1)).view(B, K)
         first, second = torch.triu_indices(K, K, 1, device=tokens.device)
         return torch.stack([scores[:, first], scores[:, second]], dim=-1)
 
-# %% ../../nbs/71_align.reward.ipynb #25520e83
+# %% ../../nbs/71_align.reward.ipynb #b57489e0
 def pad_rows(
-    rows: list,     # Token lists or tuples
-    fill: int = -1,        # What stands after the end of a row
-) -> Tensor:               # (B, T)
+    rows: list, # Token lists or tuples
+) -> Tensor:    # (B, T), -1 after the end of a row
     "Token lists as one tensor."
     longest = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
+    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows])
 
 def render_answer(
     tokenizer,            # Has the chat tokens
@@ -406,7 +429,7 @@ class PairBatches:
         self.epoch, self.number = state["epoch"], state["number"]
         self.plan = plan_pass(self.groups, self.batch_size, 1000003 * self.seed + self.epoch)
 
-# %% ../../nbs/71_align.reward.ipynb #73d4b491
+# %% ../../nbs/71_align.reward.ipynb #5ce5783a
 @torch.no_grad()
 def score_rows(
     model: RewardModel,    # Scores them
@@ -420,7 +443,7 @@ def score_rows(
     model.eval()
     for start in range(0, len(order), batch_size):
         some = order[start:start + batch_size]
-        tokens = pad_rows([rows[i] for i in some], fill=0).to(device)
+        tokens = pad_rows([rows[i] for i in some]).to(device)
         lengths = torch.tensor([len(rows[i]) for i in some], device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores[some] = model(tokens, lengths).cpu()
@@ -451,22 +474,23 @@ def margins(
     chosen, rejected = reward([p.messages for p in pairs] * 2, both).chunk(2)
     return chosen - rejected
 
-# %% ../../nbs/71_align.reward.ipynb #55b653bb
+# %% ../../nbs/71_align.reward.ipynb #87a09e60
 def train_reward(
     model: RewardModel,          # Trained in place
     tokenizer,                   # Has the chat tokens
     pairs: Iterable,             # Each has `messages`, `chosen` and `rejected`
     epochs: float = 1.0,         # Passes over the pairs; many of them overfit
     minutes: float | None = None,# Instead: how long
-    batch_size: int = 64,        # Answers in a step
-    lr_matrix: float | None = 0.005, # Muon's, far below pretraining's; None: AdamW for all
-    lr: float = 0.001,           # AdamW's, for embeddings, vectors and the score
+    batch_size: int = 32,        # Answers in a step
+    lr_matrix: float | None = 0.003, # Muon's, a tenth of pretraining's; None: AdamW for all
+    lr: float = 0.01,            # AdamW's, for the head
     valid: Iterable = (),        # Comparisons to look at on the way
     seed: int = 0,               # Of the order
     **more,                      # More for `train`: folder, eval_every, watch, curve ...
 ) -> Progress:                   # Losses in nats per comparison
     "Fit scores to choices. At the end, 0 is the mean score of the answers in `pairs`."
     longest, valid = model.config.context_length, list(valid)
+    model.reply_id.fill_(tokenizer.special_tokens["<|assistant|>"])
     groups = encode_pairs(pairs, tokenizer, longest).groups
     batches = PairBatches(groups, batch_size, seed)
     steps = None if minutes else max(1, round(epochs * len(batches.plan)))
