@@ -9,8 +9,8 @@ __all__ = ['app', 'VERSION', 'RECORD', 'EXAMINATIONS', 'SIGNS', 'COMMANDS', 'not
            'say_copied', 'jupyter_command', 'lab', 'Finding', 'examine_python', 'wrong_packages', 'examine_packages',
            'matmul_speed', 'examine_device', 'examine_threads', 'examine_widgets', 'examine_network', 'examine_disk',
            'examine_course', 'examine', 'doctor', 'Bar', 'default_folder', 'continue_command', 'run_stages',
-           'text_options', 'machine_options', 'size_options', 'train', 'build', 'Talk', 'obey', 'converse', 'chat',
-           'eval_', 'as_json']
+           'text_options', 'machine_options', 'size_options', 'train', 'teaching_options', 'build', 'align', 'Session',
+           'remember', 'Story', 'obey', 'save_talk', 'converse', 'chat', 'eval_', 'as_json']
 
 # %% ../nbs/97_cli.ipynb #628ff849
 import functools, importlib.metadata, importlib.util, inspect, json, os, platform, re, shlex
@@ -110,7 +110,7 @@ def with_options(
 ) -> Callable:         # For a function that takes what each group returns, then its own options
     "Give a function the options of others; decorate it with this, then with `command`."
     def decorate(fn):
-        own = [p for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        own = list(inspect.signature(fn).parameters.values())[len(groups):]
         parts = [list(inspect.signature(group).parameters.values()) for group in groups]
 
         @functools.wraps(fn)
@@ -631,70 +631,137 @@ def train(
         typer.echo(f"Talk to it:  llm-course chat {folder}\n"
                    f"Report card: llm-course build --out {folder}")
 
+# %% ../nbs/97_cli.ipynb #f7e373dd
+def teaching_options(
+    *,
+    chats: str | None = None,       # Conversations: world, none, or a file of "messages" (.jsonl)
+    preferences: str | None = None, # Pairs: world, none, or a file of prompt, chosen, rejected
+    method: str | None = None,      # grpo or ppo (they follow a reward model), or dpo
+) -> dict:                          # For `Settings`
+    "What makes an assistant of the model."
+    return {"teaching": {k: v for k, v in locals().items() if v is not None} or None}
+
 # %% ../nbs/97_cli.ipynb #04c07a3c
 @command
-@with_options(text_options)
+@with_options(text_options, teaching_options)
 def build(
     text: dict,                   # From `text_options`
+    teaching: dict,               # From `teaching_options`
     *,
     out: Path | None = None,      # Folder of the run; by default runs/NAME
     depth: int | None = None,     # The dial: layers, and with them all other sizes; 4 unless chosen
-    minutes: float | None = None, # How long to train; by default as the dial says
-    steps: int | None = None,     # Or how many training steps
+    minutes: float | None = None, # How long to pretrain; by default as the dial says
+    steps: int | None = None,     # Or how many steps of pretraining
     device: str | None = None,    # cuda, mps or cpu; by default the fastest
     seed: int | None = None,      # Of everything random; 0 unless chosen
 ) -> None:
-    "Train a model on a text, and write its report card. The same command continues a run."
+    "From a text to an assistant and its report card. The same command continues a run."
     from llm_course.ship import build as ship
     from llm_course.ship.run import Settings
     from llm_course.train.plan import Machine
     folder = out or default_folder(text["data"] or "world")
-    settings = Settings(**text, depth=depth, minutes=minutes, steps=steps, seed=seed)
+    settings = Settings(**text, **teaching, depth=depth, minutes=minutes, steps=steps, seed=seed)
     run_stages(lambda reporter: ship.build(folder, settings, reporter, Machine(device)),
                folder, "build")
     typer.echo(f"Report card: {folder / 'report.html'}\nTalk to it:  llm-course chat {folder}")
 
+# %% ../nbs/97_cli.ipynb #267dfb29
+@command
+@with_options(teaching_options)
+def align(
+    teaching: dict,              # From `teaching_options`
+    run: Path | None = None,     # A finished run; by default the models that ship
+    *,
+    out: Path | None = None,     # Folder of the new run; by default runs/NAME-aligned
+    device: str | None = None,   # cuda, mps or cpu; by default the fastest
+) -> None:
+    "Teach a finished model by conversations or preferences. The same command continues."
+    from llm_course.ship import assistant
+    from llm_course.train.plan import Machine
+    given = assistant.Teaching(**(teaching["teaching"] or {}))
+    folder = out or default_folder(given.preferences or given.chats or "world", "aligned")
+    run_stages(lambda reporter: assistant.align(run, folder, given, reporter, Machine(device)),
+               folder, "align")
+    typer.echo(f"Talk to it:  llm-course chat {folder}")
+
 # %% ../nbs/97_cli.ipynb #9ca27cab
 COMMANDS = {"/temperature": "/temperature 0.8   how daring it writes; 0 is greedy",
             "/tokens": "/tokens 200        how much it writes at most",
-            "/reset": "/reset             forget what was said", "/help": "/help", "/quit": "/quit"}
+            "/reset": "/reset             forget what was said",
+            "/save": "/save talk.jsonl   keep the conversation as a line of JSON",
+            "/help": "/help", "/quit": "/quit"}
 
 # %% ../nbs/97_cli.ipynb #3eb3136a
-class Talk:
-    "A conversation with a base model: what stands so far, and how it is to go on."
+class Session:
+    "A conversation with a model: what was said, and how it is to go on."
+    after = "\n"  # stands between a line and what the model makes of it
+
     def __init__(
         self,
         loaded,                   # From `load_run`
         temperature: float = 0.8, # 0 is greedy
         tokens: int = 200,        # Most tokens at a time
-        seed: int | None = None,  # The same seed, the same text
+        seed: int | None = None,  # The same seed, the same words
     ):
-        self.loaded, self.temperature, self.tokens = loaded, temperature, tokens
-        self.seed, self.text = seed, ""
+        self.loaded, self.temperature, self.tokens, self.seed = loaded, temperature, tokens, seed
+        self.messages = []  # of each: who spoke ("role") and what ("content")
+
+    def reply(self, line: str) -> Iterator[str]:
+        "Say a line to the assistant, and take its answer piece by piece."
+        from llm_course.ship.build import answer_pieces
+        if not line.strip():
+            return
+        self.messages.append({"role": "user", "content": line})
+        seed = None if self.seed is None else self.seed + len(self.messages)
+        pieces = answer_pieces(self.loaded, self.messages[:], self.tokens, self.temperature, seed)
+        try:
+            yield from remember(self.messages, pieces)
+        except ValueError as error:  # too long for the model
+            del self.messages[-2:]
+            yield one_line(error)
+
+# %% ../nbs/97_cli.ipynb #90308564
+def remember(
+    messages: list[dict],   # Is changed: gets the answer
+    pieces: Iterable[str],  # Of the answer
+) -> Iterator[str]:         # The same pieces
+    "Keep an answer while it comes, even if it is cut off."
+    answer = {"role": "assistant", "content": ""}
+    messages.append(answer)
+    for piece in pieces:
+        answer["content"] += piece
+        yield piece
+
+class Story(Session):
+    "The same with a base model: all messages are one text, which it continues."
+    after = ""
 
     def reply(self, line: str) -> Iterator[str]:
         "Add a line and continue the text, piece by piece."
         from llm_course.ship.build import continue_text
-        self.text += ("\n" if self.text and line else "") + line
-        seed = None if self.seed is None else self.seed + len(self.text)
-        for piece in continue_text(self.loaded, self.text, self.tokens, self.temperature, seed):
-            self.text += piece
-            yield piece
+        line = "\n" + line if self.messages and line else line
+        self.messages.append({"role": "user", "content": line})
+        text = "".join(message["content"] for message in self.messages)
+        seed = None if self.seed is None else self.seed + len(text)
+        pieces = continue_text(self.loaded, text, self.tokens, self.temperature, seed)
+        yield from remember(self.messages, pieces)
         if self.loaded.documents:
-            self.text = ""  # it has told its story to the end
+            self.messages.clear()  # it has told its story to the end
 
 # %% ../nbs/97_cli.ipynb #193f97b0
 def obey(
-    talk: Talk, # Is changed
-    line: str,  # For example "/temperature 0.5"
-) -> str:       # What to say; empty for quit
+    session: Session, # Is changed
+    line: str,        # For example "/temperature 0.5"
+) -> str:             # What to say; empty for quit
     "Do what a line with a slash says."
     name, _, value = line.strip().partition(" ")
     if name == "/quit":
         return ""
     if name == "/reset":
-        talk.text = ""
+        session.messages = []
         return "Forgotten."
+    if name == "/save":
+        return save_talk(session.messages, Path(value or "talk.jsonl").expanduser())
     kinds = {"/temperature": float, "/tokens": int}
     if name not in kinds:
         return "\n".join(COMMANDS.values())
@@ -704,12 +771,30 @@ def obey(
             raise ValueError
     except ValueError:
         return f"{name} needs a number, 0 or more; {value!r} is none"
-    setattr(talk, name[1:], number)
+    setattr(session, name[1:], number)
     return f"{name[1:]} is {number}"
+
+# %% ../nbs/97_cli.ipynb #dab8a75b
+def save_talk(
+    messages: list[dict], # What was said
+    path: Path,           # Where to
+) -> str:                 # What to tell the person
+    "Keep a conversation in a new file, under another name if there is one already."
+    from llm_course.core import atomic_write
+    if not messages:
+        return "Nothing was said yet."
+    content = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode()
+    path = name_beside(path, content) if path.exists() else path
+    try:
+        with atomic_write(path) as f:
+            f.write(content)
+    except OSError as error:
+        return f"not saved: {one_line(error)}"
+    return f"saved: {path}"
 
 # %% ../nbs/97_cli.ipynb #f4f44c98
 def converse(
-    talk: Talk,               # Is changed
+    session: Session,         # Is changed
     lines: Iterable[str],     # What the person types
     write: Callable,          # Is given each piece of text
     echo: bool = False,       # Write the lines, too, as nobody sees them?
@@ -718,15 +803,15 @@ def converse(
     for line in lines:
         line = line.rstrip("\r\n")
         if line.startswith("/"):
-            answer = obey(talk, line)
+            answer = obey(session, line)
             if not answer:
                 return
             write(answer + "\n")
             continue
         if echo:
-            write(line)
+            write(line + session.after)
         try:
-            for piece in talk.reply(line):
+            for piece in session.reply(line):
                 write(piece)
         except KeyboardInterrupt:
             pass  # enough of this text; the conversation goes on
@@ -748,20 +833,23 @@ def _typed_lines() -> Iterator[str]: # Until the end of input, or Ctrl-C
 # %% ../nbs/97_cli.ipynb #13900a33
 @command
 def chat(
-    run: Path | None = None,   # A run's folder; by default the model that ships
+    run: Path | None = None,   # A run's folder; by default the assistant that ships
     *,
+    stage: str | None = None,  # base, sft or assistant; by default the last that there is
     temperature: float = 0.8,  # How daring it writes; 0 is greedy
     tokens: int = 200,         # Most tokens that it writes at a time
     seed: int | None = None,   # The same seed writes the same text
     device: str | None = None, # cuda, mps or cpu; by default the fastest
 ) -> None:
-    "Let a model continue what you type, or each line of standard input."
+    "Talk to a model, or let it answer each line of standard input."
     from llm_course.ship.build import load_run
-    talk = Talk(load_run(run, device), temperature, tokens, seed)
+    loaded = load_run(run, device, stage)
+    session = (Session if loaded.stage != "base" else Story)(loaded, temperature, tokens, seed)
     typing = sys.stdin.isatty()
     if typing:
-        typer.echo(f"{talk.loaded.name} goes on where you stop. Enter alone: go on. /help, /quit")
-    converse(talk, _typed_lines() if typing else sys.stdin,
+        how = "answers" if loaded.stage != "base" else "goes on where you stop. Enter alone: go on"
+        typer.echo(f"{loaded.name} {how}. /help, /quit")
+    converse(session, _typed_lines() if typing else sys.stdin,
              lambda text: (sys.stdout.write(text), sys.stdout.flush()), echo=not typing)
 
 # %% ../nbs/97_cli.ipynb #40fe29aa

@@ -116,7 +116,7 @@ def fill_in(
 
 # %% ../../nbs/94_ship.run.ipynb #574d5ae2
 OF_THE_TEXT = ("data", "column", "limit", "tokenizer", "vocab_size")
-OF_TEACHING = ("chats", "preferences", "method")
+OF_TEACHING = {"chats": {"sft"}, "preferences": {"reward", "policy"}, "method": {"policy"}}
 
 def flat(
     settings: dict, # From `asdict`
@@ -131,7 +131,7 @@ def is_fixed(
     done: dict, # Stages that are recorded
 ) -> bool:      # Would another choice make half a model of each?
     "Whether a setting may no longer be changed."
-    return name in OF_THE_TEXT or ("sft" if name in OF_TEACHING else "plan") in done
+    return name in OF_THE_TEXT or not OF_TEACHING.get(name, {"plan"}).isdisjoint(done)
 
 def full_path(
     name: str, # A file, a folder, or a name
