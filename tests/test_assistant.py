@@ -115,11 +115,12 @@ def test_align_keeps_the_run_it_begins_with(rhymes, tmp_path):
     folder, run, _ = rhymes
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
     new = tmp_path / "aligned"
-    assert "sft" not in call("align", run, "--preferences", folder / "wishes.jsonl", "--out", new).split("chat")[0]
+    output = call("align", run, "--preferences", folder / "wishes.jsonl", "--out", new)
+    assert "sft         " not in output and "gained more in 100%" in output
     assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
     assert (new / "sft.safetensors").read_bytes() == before["sft.safetensors"]
     assert "nothing left to do" in call("align", "--out", new)
-    assert "It sat" in call("chat", new, "--temperature", 0, stdin="What did the cow do?\n")
+    assert (new / "assistant.safetensors").read_bytes() != before["sft.safetensors"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "diary.txt").write_text("mine", encoding="utf-8")
     output = call("align", run, "--chats", folder / "chats.jsonl", "--out", tmp_path / "full", code=2)

@@ -38,7 +38,7 @@ def start(*arguments, **options):
 def test_help_is_quick_and_imports_no_torch():
     program = ("import sys; from typer.testing import CliRunner; from llm_course import cli\n"
                "r = CliRunner().invoke(cli.app, ['--help']); assert r.exit_code == 0, r.output\n"
-               "assert all(c in r.output for c in ['lab', 'doctor', 'train', 'build', 'chat', 'eval'])\n"
+               "assert all(c in r.output for c in ['lab', 'doctor', 'train', 'build', 'align', 'chat', 'eval'])\n"
                "print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])")
     begin = time.time()
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
@@ -53,7 +53,7 @@ def test_module_runs_as_a_program():
 
 
 def test_every_command_explains_its_parameters():
-    for name in ["lab", "doctor", "train", "build", "chat", "eval"]:
+    for name in ["lab", "doctor", "train", "build", "align", "chat", "eval"]:
         output = call(name, "--help")
         assert "--help" in output and name in output
 

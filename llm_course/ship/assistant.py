@@ -116,7 +116,7 @@ def tokenizer_stage(
     said = [" " + message["content"] for messages in chats for message in messages]
     return make_tokenizer(run, said + [f" {p.chosen}\n {p.rejected}" for p in pairs])
 
-# %% ../../nbs/95_ship.assistant.ipynb #67e52fa3
+# %% ../../nbs/95_ship.assistant.ipynb #f76f2e56
 BRAINS = {"base": "model.safetensors", "sft": "sft.safetensors",
           "assistant": "assistant.safetensors"}
 
@@ -151,7 +151,7 @@ def answer_loss(
         return float("nan")
     texts = [render(tokenizer, messages) for messages in chats]
     T = model.config.context_length
-    return evaluate(model, one_pass(ChatBatches(texts, 16, T, shuffle=False, pack=False)))
+    return evaluate(model, one_pass(ChatBatches(texts, 16, T, pack=False)))
 
 # %% ../../nbs/95_ship.assistant.ipynb #6b176d8e
 def grade_talk(
@@ -271,7 +271,7 @@ def reward_stage(
                      f"{len(held):,} held-out choices{limit}")
     return {"pairs": len(learn), "steps": progress.step, "accuracy": right, "best": best}
 
-# %% ../../nbs/95_ship.assistant.ipynb #9f0d00bb
+# %% ../../nbs/95_ship.assistant.ipynb #fb59dc66
 def follow_reward(
     run: Run,             # The run, with a reward model
     t: Teaching,          # What it learns from
@@ -304,18 +304,23 @@ def policy_stage(
     "Prefer what people prefer, without forgetting how to speak."
     model, tokenizer = open_stage(run, BRAINS["sft"])
     if teaching.method == "dpo":
-        learn, _ = comparisons(run, teaching, model, tokenizer, n)
+        learn, held = comparisons(run, teaching, model, tokenizer, n)
         settings.setdefault("epochs", enough_passes(learn, 1))
-        history = tune_pairs(model, tokenizer, learn, seed=run.settings.seed,
+        history = tune_pairs(model, tokenizer, learn, valid=held, seed=run.settings.seed,
                              folder=run.folder / "checkpoints-policy", **settings)
     else:
         history = follow_reward(run, teaching, model, tokenizer, **settings)
     save_model(model, run.folder / "assistant.safetensors")
     grades = grade_talk(model, tokenizer) if knows_world(teaching) else {}
+    seen = [row for row in history if "valid_accuracy" in row]
+    right = seen[-1]["valid_accuracy"] if seen else None
     run.reporter.say(f"policy      {teaching.method}, {history[-1]['step'] + 1} steps"
-                     + (f"; true reward {grades['reward']:.2f}" if grades else ""))
+                     + (f"; true reward {grades['reward']:.2f}" if grades else "")
+                     + (f"; the better of two held-out answers gained more in {right:.0%}"
+                        if seen else ""))
     path = [(row["step"] + 1, row["reward"]) for row in history if "reward" in row]
-    return {"method": teaching.method, "steps": history[-1]["step"] + 1, "path": path, **grades}
+    return {"method": teaching.method, "steps": history[-1]["step"] + 1, "path": path,
+            "agreement": right, **grades}
 
 # %% ../../nbs/95_ship.assistant.ipynb #0143e7f3
 def knows_world(
