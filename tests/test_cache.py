@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llm_course.generate.cache import (
-    KVCache, cache_bytes, draw, prefill, read_on, sample_batch, select_rows, stream)
+    KVCache, cache_bytes, draw, is_plain, prefill, read_on, sample_batch, select_rows, stream)
 from llm_course.generate.sampling import chi_square, filter_logits, generate, generate_batch, last_logits
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.gpt import GPT, GPTConfig
@@ -300,3 +300,23 @@ def test_the_older_half_is_forgotten_when_the_context_is_full(style):
         row = row + [token]
     assert len(row) == 71
     assert len(list(stream(model, list(range(40)), 3))) == 3  # a prompt longer than the context
+
+
+def test_hooks_see_a_stream_and_new_weights_count():
+    model, seen = small(LLAMA), []
+    first = list(stream(model, [1], 10, temperature=0))
+    model.blocks[1].attention.value.register_forward_hook(lambda *a: seen.append(1))
+    assert list(stream(model, [1], 10, temperature=0)) == first and len(seen) == 10
+    for p in model.parameters():
+        p.data.mul_(-1)
+    assert list(stream(model, [1], 10, temperature=0)) == list(generate(model, [1], 10, temperature=0))
+
+
+def test_lean_blocks_only_where_they_are_exact():
+    model = small(LLAMA)
+    assert is_plain(model.blocks[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_plain(model.blocks[0])
+        assert len(list(stream(model, [1], 5))) == 5
+    assert not is_plain(model.bfloat16().blocks[0])
+    assert len(list(stream(model, [1], 5))) == 5

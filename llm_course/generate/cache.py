@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['KVCache', 'cache_bytes', 'Memory', 'memories', 'attend_one', 'cached_attention', 'shift_on', 'cached_block',
-           'enter_on', 'look_on', 'read_on', 'prefill', 'select_rows', 'draw', 'Samples', 'sample_batch', 'stream']
+           'enter_on', 'look_on', 'read_on', 'prefill', 'select_rows', 'draw', 'Samples', 'sample_batch',
+           'side_by_side', 'is_plain', 'lean_block', 'stream']
 
-# %% ../../nbs/51_generate.cache.ipynb #ebffbabe
+# %% ../../nbs/51_generate.cache.ipynb #faaab1c1
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Iterable, Iterator, NamedTuple
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from .sampling import (
     _asking, _stops, apply_temperature, check_prompt, check_sampling, filter_logits, sample_token)
 from ..model.attention import (
     Attention, attend, join_heads, look_mask, query_key, split_heads)
-from ..model.block import Block
+from ..model.block import Block, FeedForward
 from ..model.embedding import Rope, rotate
 from ..model.gpt import GPT, GPTConfig
 from ..train.loop import plain_model
 
-# %% ../../nbs/51_generate.cache.ipynb #a2c45232
+# %% ../../nbs/51_generate.cache.ipynb #8176ed8e
 class KVCache:
     "What a model remembers of the positions it has read."
     def __init__(
@@ -32,15 +35,16 @@ class KVCache:
         length: int,                       # Most positions that fit, padding included
         dtype: torch.dtype | None = None,  # Number type; by default the model's
     ):
-        c, weight = plain_model(model).config, plain_model(model).embed.weight
+        model = plain_model(model)
+        c, weight = model.config, model.embed.weight
         like = {"dtype": dtype or weight.dtype, "device": weight.device}
         shape = c.n_layers, batch_size, c.n_kv_heads or c.n_heads, length, c.d_model // c.n_heads
         self.keys, self.values = torch.zeros(shape, **like), torch.zeros(shape, **like)
         last = c.n_layers, 2, batch_size, 1, c.d_model // 2 if c.style.shift else 0
         self.last = torch.zeros(last, **like)  # what the next position reads from the one before
         self.pads = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
-        self.padded = False  # are there any?
-        self.filled = 0      # positions in use
+        self.padded, self.filled = False, 0    # are there any? and how many positions are in use
+        self.steps = None    # blocks in another form, see `lean_block`
 
     def nbytes(self) -> int:
         "Memory in bytes."
@@ -143,26 +147,28 @@ def cached_block(
     h = shift_on(h, memory.last[1], first) if shifts else h
     return x + block.feed_forward(h)
 
-# %% ../../nbs/51_generate.cache.ipynb #90a53524
+# %% ../../nbs/51_generate.cache.ipynb #85ac36dd
 def enter_on(
     model: GPT,      # The model
     tokens: Tensor,  # New tokens, (B, T)
     cache: KVCache,  # Says where in their texts they stand
 ) -> tuple[Tensor, Callable | None]: # Stream (B, T, C), and what turns queries and keys
-    "Look tokens up and mark their positions, counted from each text's own beginning."
-    longest, place = model.config.context_length, model.position
-    at = cache.filled + torch.arange(tokens.shape[1], device=tokens.device)
-    if cache.padded:
-        at = at - cache.pads[:, None]       # (T,) -> (B, T)
-    at = at.clamp(0, longest - 1)           # padding has no position, and needs none
+    "Look tokens up and mark their positions. Raises `ValueError` behind the context's end."
+    begin, end = cache.filled, cache.filled + tokens.shape[1]
+    longest, place, at = model.config.context_length, model.position, slice(begin, end)
+    if cache.padded:  # count from each text's own beginning; padding needs no position
+        at = torch.arange(begin, end, device=tokens.device) - cache.pads[:, None]  # (B, T)
+        at = at.clamp(0, longest - 1)
+    elif end > longest:
+        raise ValueError(f"the text has {end} tokens and the model's context_length is {longest}")
     x = model.embed(tokens)
     if isinstance(place, nn.Embedding):
-        x = x + place(at)
+        return x + place.weight[at], None
     if not isinstance(place, Rope):
         return x, None
-    cos, sin = (table[at].to(cache.keys.dtype) for table in (place.cos, place.sin)) # (B, T, D)
+    cos, sin = (table[at].to(cache.keys.dtype) for table in (place.cos, place.sin))
     if cache.padded:
-        cos, sin = cos[:, None], sin[:, None]
+        cos, sin = cos[:, None], sin[:, None]  # (B, T, D) -> (B, 1, T, D)
     return x, lambda q: rotate(q, cos, sin)
 
 # %% ../../nbs/51_generate.cache.ipynb #0c0fc8d1
@@ -182,7 +188,7 @@ def look_on(
     bias = torch.zeros_like(mask, dtype=cache.keys.dtype).masked_fill_(~mask, -math.inf)
     return bias[:, None], None
 
-# %% ../../nbs/51_generate.cache.ipynb #03238ef4
+# %% ../../nbs/51_generate.cache.ipynb #f2e7515b
 def read_on(
     model: nn.Module,    # A `GPT`, perhaps compiled or wrapped
     tokens: Tensor,      # New tokens of each text, (B, T)
@@ -197,8 +203,9 @@ def read_on(
     with torch.inference_mode(), _asking(model) if model.training else nullcontext():
         x, turn = enter_on(model, tokens, cache)
         mask, first = look_on(cache, T, model.config.window)
-        for block, memory in zip(model.blocks, memories(cache, T)):
-            x = cached_block(block, x, turn, memory, mask, first)
+        steps = cache.steps or [partial(cached_block, block) for block in model.blocks]
+        for step, memory in zip(steps, memories(cache, T)):
+            x = step(x, turn, memory, mask, first)
         cache.filled += T
         return model.head(model.norm(x if every else x[:, -1:]))
 
@@ -300,7 +307,7 @@ def _write_batch(model, prompts, max_new_tokens, stops, n, dtype, sampling):
         _write(model, cache, logits, tokens[:, :most], log_probs, room, ends, sampling)
     return tokens, log_probs, torch.isin(tokens, ends).any(dim=1)
 
-# %% ../../nbs/51_generate.cache.ipynb #b37224c0
+# %% ../../nbs/51_generate.cache.ipynb #82cacc4c
 def sample_batch(
     model: nn.Module,               # A `GPT`, perhaps compiled or wrapped
     prompts: list,                  # Token lists, of any lengths from 1
@@ -318,7 +325,8 @@ def sample_batch(
     parts = [_write_batch(model, part, max_new_tokens, _stops(stop), n, dtype, sampling)
              for part in _cut(rows, each)]
     if not parts:
-        return Samples([], torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0) > 0)
+        none = torch.zeros(0, 0)
+        return Samples([], none, none > 0, none.flatten() > 0)
     tokens, log_probs, stopped = (torch.cat(part) for part in zip(*parts))
     mask = tokens >= 0
     new = [row[keep].tolist() for row, keep in zip(tokens, mask)]
@@ -338,6 +346,100 @@ def _cut(rows, size):
     size = max(1, size)
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
+# %% ../../nbs/51_generate.cache.ipynb #35e709a7
+def side_by_side(
+    *layers: nn.Linear, # With one input
+) -> Callable:          # (..., C) -> their outputs side by side
+    "One product instead of several; weights are copied if there are several layers."
+    if len(layers) == 1:
+        return partial(F.linear, weight=layers[0].weight, bias=layers[0].bias)
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return partial(F.linear, weight=torch.cat([layer.weight for layer in layers]), bias=bias)
+
+def is_plain(
+    block: Block,                # Perhaps with layers that have been replaced
+    most_weights: int = 2**21,   # In a larger block, the products take the time anyway
+) -> bool:                       # Can its layers be joined?
+    "Small, float32, of the kinds that this course makes, and watched by no hook?"
+    known = (Block, Attention, FeedForward, nn.Linear, nn.RMSNorm, nn.LayerNorm, nn.Identity,
+             nn.Dropout)
+    kinds = {type(module) for module in block.modules()}
+    watched = any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+    weights = [*block.parameters()]
+    exact = {w.dtype for w in weights} == {torch.float32}
+    exact = exact and not torch.is_autocast_enabled(weights[0].device.type)
+    small = sum(w.numel() for w in weights) <= most_weights
+    return kinds <= set(known) and exact and small and not watched
+
+# %% ../../nbs/51_generate.cache.ipynb #b827d5e4
+def _lean_attention(layer):
+    "`cached_attention` with one product for queries, keys and values."
+    qkv, out = side_by_side(layer.query, layer.key, layer.value), side_by_side(layer.out)
+    H, G = layer.n_heads, layer.n_kv_heads
+
+    def step(x, turn, memory, mask):
+        qk, v = split_heads(qkv(x), H + 2 * G).split([H + G, G], dim=1)
+        if layer.qk_norm:
+            qk = F.rms_norm(qk, qk.shape[-1:])
+        q, k = (turn(qk) if turn else qk).split([H, G], dim=1)
+        memory.new_keys.copy_(k)
+        memory.new_values.copy_(v)
+        one, seen = x.shape[1] == 1, (q, memory.keys, memory.values)
+        if one and mask is None and layer.window is None:
+            return out(join_heads(F.scaled_dot_product_attention(*seen, enable_gqa=H != G)))
+        if one and mask is not None:
+            return out(join_heads(attend_one(*seen, mask)))
+        return out(join_heads(attend(*seen, not one, layer.window, mask)))
+    return step
+
+# %% ../../nbs/51_generate.cache.ipynb #86d7e3cd
+def _lean_norm(norm, like):
+    "For one position, the mean square is the product of the vector with itself."
+    if type(norm) is not nn.RMSNorm:
+        return norm
+    eps, share = like.new_tensor(norm.eps), 1 / norm.normalized_shape[0]
+
+    def step(x):
+        if x.shape[1] > 1:
+            return norm(x)
+        x = x * torch.baddbmm(eps, x, x.mT, alpha=share).rsqrt()
+        return x if norm.weight is None else x * norm.weight
+    return step
+
+def _lean_feed_forward(layer):
+    "The feed-forward network, with one product for gate and up."
+    down = side_by_side(layer.down)
+    if layer.gate is None:
+        up = side_by_side(layer.up)
+        return lambda x: down(layer.bend(up(x)))
+    both = side_by_side(layer.gate, layer.up)
+
+    def step(x):
+        gate, up = both(x).chunk(2, dim=-1)
+        return down(layer.bend(gate) * up)
+    return step
+
+# %% ../../nbs/51_generate.cache.ipynb #4a998960
+def lean_block(
+    block: Block, # Its weights are read now: later changes do not show
+) -> Callable:    # (x, turn, memory, mask, first) -> x, as `cached_block` does
+    "The same block in fewer, larger operations; just `cached_block` if it is large or not plain."
+    if not is_plain(block):
+        return partial(cached_block, block)
+    like = block.attention.query.weight
+    norm1, norm2 = _lean_norm(block.norm1, like), _lean_norm(block.norm2, like)
+    attention = _lean_attention(block.attention)
+    feed_forward = _lean_feed_forward(block.feed_forward)
+
+    def step(x, turn, memory, mask=None, first=None):
+        h, shifts = norm1(x), memory.last.shape[-1] > 0
+        h = shift_on(h, memory.last[0], first) if shifts else h
+        x = x + attention(h, turn, memory, mask)
+        h = norm2(x)
+        h = shift_on(h, memory.last[1], first) if shifts else h
+        return x + feed_forward(h)
+    return step
+
 # %% ../../nbs/51_generate.cache.ipynb #270183cd
 def stream(
     model: nn.Module,               # A `GPT`, perhaps compiled or wrapped
@@ -352,7 +454,7 @@ def stream(
     row = check_prompt(tokens)
     return _stream(model, row, max_new_tokens, _stops(stop), adjust, sampling)
 
-# %% ../../nbs/51_generate.cache.ipynb #2fc821a1
+# %% ../../nbs/51_generate.cache.ipynb #1045614b
 def _stream(model, row, max_new_tokens, stops, adjust, sampling):
     "Read, draw, hand out."
     longest, cache = plain_model(model).config.context_length, None
@@ -360,6 +462,7 @@ def _stream(model, row, max_new_tokens, stops, adjust, sampling):
         if cache is None or cache.filled == longest:
             seen = row[-longest:] if cache is None else row[-(longest // 2 or 1):]
             logits, cache = prefill(model, [seen], longest - len(seen))
+            cache.steps = [lean_block(block) for block in plain_model(model).blocks]
         else:
             logits = read_on(model, torch.tensor([row[-1:]], device=logits.device), cache)[:, -1]
         if adjust is not None:
