@@ -350,5 +350,5 @@ def test_a_full_run_closes_a_quarter_of_the_gap(method):
     village = align.Village()
     proxy = village.reward("ship")
     start = village.look(village.model, proxy)["true"]
-    run = align.run(village, proxy, method, 5, align.STEPS, **align.SETTINGS[method])
+    run = align.run(village, proxy, method, 5, **align.SETTINGS[method])
     assert align.gap_closed(start, run["looks"][-1]) >= 0.25

@@ -308,7 +308,7 @@ class PolicyConfig:
 
 METHODS = ("reinforce", "ppo", "grpo")
 
-# %% ../../nbs/72_align.policy.ipynb #23dcd5a3
+# %% ../../nbs/72_align.policy.ipynb #755b978b
 class PolicyTuner:
     "A policy, what it is held to, and how far it is."
     def __init__(
@@ -332,10 +332,11 @@ class PolicyTuner:
             torch.manual_seed(seed)
             self.head = ValueHead(model.config.d_model).to(self.device)
         params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = OptimizerGroup(AdamW([*params, *self.head.parameters()], config.lr))
+        self.optimizer = OptimizerGroup(AdamW(params, config.lr),
+                                        AdamW(self.head.parameters(), 3 * config.lr))
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.order = torch.Generator().manual_seed(seed)
-        self.step, self.seconds, self.history = 0, 0.0, []
+        self.step, self.seconds, self.history, self.unit = 0, 0.0, [], None
 
 # %% ../../nbs/72_align.policy.ipynb #2223c4ab
 def others(
@@ -347,7 +348,7 @@ def others(
     n = max(1, grouped.shape[1] - 1)
     return ((grouped.sum(dim=1, keepdim=True) - grouped) / n).flatten()
 
-# %% ../../nbs/72_align.policy.ipynb #9f6af959
+# %% ../../nbs/72_align.policy.ipynb #527dd874
 def advantages_of(
     t: PolicyTuner,   # Method and settings
     rewards: Tensor,  # Of each answer, (B,)
@@ -356,16 +357,18 @@ def advantages_of(
     mask: Tensor,     # True for tokens of answers, (B, A)
 ) -> tuple[Tensor, Tensor | None]: # Advantages (B, A), and what the values should be
     "What each token deserves."
+    t.unit = t.unit or [rewards.mean().item(), rewards.std().item() + 1e-4]
     c, paid = t.config, t.leash.coefficient * kl_estimates(old.log_probs, reference).k1 * mask
     if c.method == "grpo":
         return group_advantages(rewards, c.group)[:, None].expand_as(paid), None
+    rewards = (rewards - t.unit[0]) / t.unit[1]
     if c.method == "reinforce":
         earned = rewards - paid.sum(dim=1)
         gain = earned - others(earned, c.group)
         return (gain / (gain.std() + 1e-4))[:, None].expand_as(paid), None
-    last = mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True)
-    earned = rewards[:, None] * (last & mask) - paid
-    gain, returns = gae(earned, old.values, mask)
+    last = mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
+    earned = last * rewards[:, None] - paid
+    gain, returns = gae(earned, old.values, mask, lam=0.95)
     seen = gain[mask]
     return (gain - seen.mean()) / (seen.std() + 1e-4), returns
 
@@ -446,7 +449,7 @@ def tune_step(
     t.history.append(row)
     return row
 
-# %% ../../nbs/72_align.policy.ipynb #6db639ed
+# %% ../../nbs/72_align.policy.ipynb #b69fbb8a
 def save_policy(
     t: PolicyTuner,    # The run
     path: str | Path,  # Where to
@@ -456,11 +459,11 @@ def save_policy(
               "optimizer": t.optimizer.state_dict(),
               "random": {"answers": t.generator.get_state(), "prompts": t.order.get_state()}}
     facts = {"settings": asdict(t.config), "step": t.step, "seconds": t.seconds,
-             "coefficient": t.leash.coefficient, "history": t.history}
+             "coefficient": t.leash.coefficient, "history": t.history, "unit": t.unit}
     named = {f"{g}.{k}": v for g, tensors in groups.items() for k, v in tensors.items()}
     write_checkpoint(path, named, facts)
 
-# %% ../../nbs/72_align.policy.ipynb #c64282da
+# %% ../../nbs/72_align.policy.ipynb #3e3ee0e5
 def resume_policy(
     t: PolicyTuner,    # A run with the same settings, from the same model
     path: str | Path,  # A file that `save_policy` wrote
@@ -476,7 +479,7 @@ def resume_policy(
     t.generator.set_state(tensors["random.answers"])
     t.order.set_state(tensors["random.prompts"])
     t.step, t.seconds, t.history = facts["step"], facts["seconds"], facts["history"]
-    t.leash.coefficient = facts["coefficient"]
+    t.leash.coefficient, t.unit = facts["coefficient"], facts["unit"]
 
 # %% ../../nbs/72_align.policy.ipynb #00e9bcff
 def run_policy(
