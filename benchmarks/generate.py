@@ -2,14 +2,14 @@
 
     python benchmarks/generate.py [--rounds N]
 
-One text at a time, greedy: two Llama-shaped models of up to 10 million parameters, and one of GPT-2's
-size and shape. The tokens must be the same on both sides. Then many together, as reinforcement
-learning needs them: 32 prompts of different lengths, 8 texts each, 16 new tokens; beside
-transformers' generate and lesson 50's generate_batch, which has no cache. All sides take turns in
-one run, and the table shows medians of the rounds, after a first that does not count. The last line
-is JSON; `value` is our tokens per second over transformers' for one text and the model of the
-course's own size (1.4 million), bar 3; `larger` the same for 9.4 million, where fetching the weights
-takes most of the time on both sides; `gpt2_size` for GPT-2, where the bar is 1.
+One text at a time, greedy: two Llama-shaped models of up to 10 million parameters, and one of
+GPT-2's size and shape. The tokens must be the same on both sides. Then many together, as
+reinforcement learning needs them: 32 prompts of different lengths, 8 texts each, 16 new tokens;
+beside transformers' generate and lesson 50's generate_batch, which has no cache. All sides take
+turns in one run, and the table shows medians of the rounds, after a first that does not count. The
+last line is JSON; `value` is our tokens per second over transformers' for one text and the model of
+the course's own size (1.4 million), bar 3; `larger` the same for 9.4 million, where fetching the
+weights takes most of the time on both sides; `gpt2_size` for GPT-2, where the bar is 1.
 """
 import argparse
 import json
@@ -36,8 +36,8 @@ NAMES = {  # theirs: ours
     "embed_tokens": "embed", "layers": "blocks", "self_attn": "attention", "q_proj": "query",
     "k_proj": "key", "v_proj": "value", "o_proj": "out", "mlp": "feed_forward", "gate_proj": "gate",
     "up_proj": "up", "down_proj": "down", "lm_head": "head", "input_layernorm": "norm1",
-    "post_attention_layernorm": "norm2", "wte": "embed", "wpe": "position", "h": "blocks", "ln_1": "norm1",
-    "ln_2": "norm2", "ln_f": "norm", "attn": "attention", "c_fc": "up"}
+    "post_attention_layernorm": "norm2", "wte": "embed", "wpe": "position", "h": "blocks",
+    "ln_1": "norm1", "ln_2": "norm2", "ln_f": "norm", "attn": "attention", "c_fc": "up"}
 
 
 def random_llama(c: GPTConfig):
@@ -54,23 +54,28 @@ def random_gpt2(c: GPTConfig):
     "GPT-2 as transformers has it."
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.d_model, n_layer=c.n_layers,
-        n_head=c.n_heads, bos_token_id=None, eos_token_id=None, pad_token_id=0))
+        vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.d_model,
+        n_layer=c.n_layers, n_head=c.n_heads, bos_token_id=None, eos_token_id=None, pad_token_id=0))
+
+
+def our_name(theirs: str) -> str:
+    "For example blocks.0.attention.out.weight."
+    writer = "down" if "mlp" in theirs else "out"
+    parts = [part for part in theirs.split(".") if part not in ("model", "transformer")]
+    return ".".join(writer if part == "c_proj" else NAMES.get(part, part) for part in parts)
 
 
 def our_weights(theirs: dict) -> dict:
-    "Their weights under our names; GPT-2 keeps queries, keys and values together, and matrices transposed."
+    "Under our names; GPT-2 has queries, keys and values together, and turned matrices."
     state = {}
     for name, weight in theirs.items():
-        parts = [NAMES.get(part, part) for part in name.split(".") if part not in ("model", "transformer")]
         if ".c_" in name:
             weight = weight.t().contiguous()
-        if "c_attn" not in parts:
-            parts = ["down" if p == "c_proj" and "mlp" in name else "out" if p == "c_proj" else p for p in parts]
-            state[".".join(parts)] = weight
+        if "c_attn" not in name:
+            state[our_name(name)] = weight
             continue
         for ours, piece in zip(("query", "key", "value"), weight.chunk(3)):
-            state[".".join(ours if p == "c_attn" else p for p in parts)] = piece
+            state[our_name(name).replace("c_attn", ours)] = piece
     return state
 
 
@@ -88,7 +93,7 @@ def pair(config: GPTConfig) -> tuple:
 
 
 def take_turns(sides: dict, rounds: int) -> dict:
-    "Median seconds of each function; each round calls every one of them once, the first for warm-up."
+    "Median seconds of each function; each round calls all of them, the first for warm-up."
     seconds = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, work in sides.items():
@@ -101,11 +106,13 @@ def take_turns(sides: dict, rounds: int) -> dict:
 def one_text(config: GPTConfig, new: int, rounds: int) -> dict:
     "Seconds of both sides for one text."
     ours, theirs = pair(config)
-    prompt = torch.randint(config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    prompt = torch.randint(config.vocab_size, (1, PROMPT), generator=g)
     sides = {
         "ours": lambda: list(stream(ours, prompt[0], new, temperature=0)),
         "transformers": lambda: theirs.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)[0, PROMPT:].tolist(),
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
+            do_sample=False)[0, PROMPT:].tolist(),
     }
     same = [a == b for a, b in zip(sides["ours"](), sides["transformers"]())]
     assert all(same[:8]), "the two sides do not compute the same"
@@ -125,7 +132,8 @@ def many_texts(config: GPTConfig, rounds: int) -> dict:
         "transformers": lambda: theirs.generate(
             padded, attention_mask=(padded > 0).long(), max_new_tokens=16, do_sample=True, top_k=0,
             num_return_sequences=8),
-        "no cache": lambda: generate_batch(ours, [p for p in prompts for _ in range(8)], 16, batch_size=256),
+        "no cache": lambda: generate_batch(
+            ours, [p for p in prompts for _ in range(8)], 16, batch_size=256),
     }, rounds)
 
 
@@ -141,16 +149,20 @@ def main() -> None:
     for name, (config, new) in SHAPES.items():
         s = one_text(config, new, rounds)
         ratios[name] = s["transformers"] / s["ours"]
-        print(f"{name:20} {new:4} new tokens {new / s['ours']:16,.0f} {new / s['transformers']:14,.0f}   "
+        ours, theirs = new / s["ours"], new / s["transformers"]
+        print(f"{name:20} {new:4} new tokens {ours:16,.0f} {theirs:14,.0f}   "
               f"{ratios[name]:.2f} times; the first {s['same']} tokens agree", flush=True)
     s = many_texts(SHAPES["1.4 million"][0], max(1, rounds // 3))
     print("256 texts of 16 tokens, 1.4 million parameters: "
           + ", ".join(f"{side} {seconds:.2f} s" for side, seconds in s.items()))
     print(json.dumps({
-        "name": "generate", "value": round(ratios["1.4 million"], 2), "unit": "our tokens per second over transformers'",
-        "bar": 3, "larger": round(ratios["9.4 million"], 2), "gpt2_size": round(ratios["GPT-2 (124 million)"], 2),
+        "name": "generate", "value": round(ratios["1.4 million"], 2),
+        "unit": "our tokens per second over transformers'", "bar": 3,
+        "larger": round(ratios["9.4 million"], 2),
+        "gpt2_size": round(ratios["GPT-2 (124 million)"], 2),
         "batch_over_transformers": round(s["transformers"] / s["ours"], 2),
-        "batch_over_no_cache": round(s["no cache"] / s["ours"], 2), "threads": torch.get_num_threads()}))
+        "batch_over_no_cache": round(s["no cache"] / s["ours"], 2),
+        "threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"What the lesson on the cache cannot hold: many shapes and lengths, wrapped models, other number types."
+"What the lesson on the cache cannot hold: many shapes, wrapped models, other number types."
 import math
 
 import pytest
@@ -10,7 +10,8 @@ from torch import nn
 
 from llm_course.generate.cache import (
     KVCache, cache_bytes, draw, is_plain, prefill, read_on, sample_batch, select_rows, stream)
-from llm_course.generate.sampling import chi_square, filter_logits, generate, generate_batch, last_logits
+from llm_course.generate.sampling import (
+    chi_square, filter_logits, generate, generate_batch, last_logits)
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.gpt import GPT, GPTConfig
 
@@ -277,7 +278,8 @@ def test_broken_logits_are_refused(bad):
 # --- One text -------------------------------------------------------------------------------------
 
 @each_style
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 0.8, "top_k": 9}, {"top_p": 0.9}])
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0}, {"temperature": 0.8, "top_k": 9}, {"top_p": 0.9}])
 def test_stream_is_generate(style, how):
     model, prompt = small(style), PROMPTS[0]
     adjust = lambda logits, rows: logits - 100 * (torch.arange(40) == rows[0][-1])  # noqa: E731
@@ -309,7 +311,8 @@ def test_hooks_see_a_stream_and_new_weights_count():
     assert list(stream(model, [1], 10, temperature=0)) == first and len(seen) == 10
     for p in model.parameters():
         p.data.mul_(-1)
-    assert list(stream(model, [1], 10, temperature=0)) == list(generate(model, [1], 10, temperature=0))
+    plain = list(generate(model, [1], 10, temperature=0))
+    assert list(stream(model, [1], 10, temperature=0)) == plain
 
 
 def test_lean_blocks_only_where_they_are_exact():
