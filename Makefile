@@ -3,7 +3,7 @@
 # make docs     the website, into _docs             (without Quarto: only as far as that goes)
 # make bench    measurements beside other libraries; what needs a GPU says so and is left out
 # make outputs  run every lesson and store its outputs
-# make checkpoint  train the model that ships, for eight minutes on two busy cores
+# make checkpoint  train the models that ship: the base model for eight minutes, the others for five
 # make readme   README.md from nbs/index.ipynb
 # make clean    remove what was built, but not .venv
 
@@ -36,6 +36,9 @@ outputs: $(READY)
 checkpoint: $(READY)
 	$(BIN)/python benchmarks/world_floor.py --seconds 480 --seeds 1 --stories 100000 \
 	  --save llm_course/assets
+	$(BIN)/python benchmarks/sft.py --save llm_course/assets
+	$(BIN)/python benchmarks/reward.py --save llm_course/assets
+	$(BIN)/python benchmarks/align.py --save llm_course/assets
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py
