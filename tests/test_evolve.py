@@ -20,6 +20,7 @@ from llm_course.evolve.search import (
     ScoreError,
     Strategy,
     dense,
+    each_loss,
     evolve,
     flatten,
     one_by_one,
@@ -332,9 +333,9 @@ def test_all_ways_agree(style, threads, population):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        for rows, length in ((1, 4), (30, 16)):  # with shared products, and in several chunks
+        for rows, length in ((1, 4), (30, 16), (70, 16)):  # shared products, chunks, a loop
             tokens = torch.randint(17, (2, rows, length), generator=g)
-            want = population_loss(model, crowd, *tokens, how="loop")
+            want = each_loss(model, crowd, *tokens)
             assert torch.allclose(population_loss(model, crowd, *tokens), want, atol=1e-4)
             assert torch.allclose(population_loss(model, dense(crowd), *tokens), want, atol=1e-4)
             assert torch.get_num_threads() == threads
