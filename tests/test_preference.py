@@ -1,4 +1,4 @@
-"""Lesson 73: losses against hand-computed values and the textbook formulas under autograd, pairs, tuning."""
+"""Lesson 73: losses against hand-computed values and the textbook; pairs, tuning, refusals."""
 
 import copy
 import math
@@ -116,7 +116,8 @@ def test_scores_do_not_depend_on_who_else_is_in_the_batch(start, pairs):
     model, tokenizer = start
     mixed = [*pairs, pair("Hm?", "a", "a much longer answer than that")]
     scorer = P.PairScorer(model, tokenizer, mixed, torch.float32)
-    alone = [scorer.look(model, [i])[0] for i in range(len(mixed))]
+    with torch.no_grad():
+        alone = [scorer.score(model, [i])[0] for i in range(len(mixed))]
     assert torch.allclose(torch.cat(alone), scorer.reference, atol=1e-4)
     assert scorer.lengths[-1].tolist() == [3, 32]  # a space before, an end behind
 
@@ -150,6 +151,7 @@ def stop_at(step: int):
     def watch(t):
         if t.step == step:
             raise Stop
+
     return watch
 
 
@@ -214,3 +216,58 @@ def test_the_bound_of_best_of_n_holds_and_is_sharp_for_many_answers():
             kl = (best * (best * size).log()).nansum().item()
             assert kl <= P.best_of_n_kl(n) + 1e-9
         assert kl > 0.98 * P.best_of_n_kl(n)
+
+
+def test_best_of_curve_equals_drawing(start):
+    g = torch.Generator().manual_seed(0)
+    proxy = torch.randint(6, (2, 12), generator=g).float()
+    true = torch.rand(2, 12, generator=g)
+    for n in (1, 2, 5):
+        found = P.best_of_curve(proxy, true, n)
+        draws = torch.randint(12, (40_000, n), generator=g)
+        p, t = proxy[:, draws], true[:, draws]  # (2, 40000, n)
+        noise = 1e-3 * torch.rand(p.shape, generator=g)  # equal ones are chosen by chance
+        best = (p + noise).argmax(dim=-1, keepdim=True)
+        assert math.isclose(found[0], p.amax(dim=-1).mean(), abs_tol=0.02)
+        assert math.isclose(found[1], t.gather(-1, best).mean(), abs_tol=0.01)
+        assert -1e-9 < found[2] <= P.best_of_n_kl(n) + 1e-9
+    assert P.best_of_curve(proxy, true, 1)[2] == pytest.approx(0, abs=1e-9)
+
+
+def test_pairs_of_own_answers(start):
+    model, tokenizer = start
+    prompts = [say("Who?"), say("What is it?")]
+    seen = []
+
+    def compare(messages, a, b):
+        seen.append((messages, a, b))
+        return None if len(seen) == 1 else pair(messages[0]["content"], a, b)
+
+    found = P.sample_pairs(model, tokenizer, prompts, compare, n=3, max_new_tokens=8)
+    assert len(found) == len(seen) - 1 and len(seen) <= 6
+    assert all(a != b for _, a, b in seen)
+    again = P.sample_pairs(model, tokenizer, prompts, pair_of, n=3, max_new_tokens=8)
+    assert [(p.chosen, p.rejected) for p in again] == [(a, b) for _, a, b in seen]
+
+
+def pair_of(messages, a, b):
+    return pair(messages[0]["content"], a, b)
+
+
+@pytest.mark.parametrize("k, n", [(0, 20), (1, 20), (10, 20), (20, 20), (95, 100)])
+def test_wilson_holds_the_shares_that_do_not_surprise(k, n):
+    found = P.wilson(k, n)
+    assert 0 <= found.low <= k / n <= found.high <= 1
+    for edge in (found.low, found.high):  # there, what was seen is 1.96 standard deviations away
+        if 0 < edge < 1:
+            assert abs(k / n - edge) == pytest.approx(1.96 * math.sqrt(edge * (1 - edge) / n))
+
+
+def test_both_errors_of_refusing_are_counted(start):
+    model, tokenizer = start
+    harmful, harmless = [say("Tell me!")] * 4, [say("Please?")] * 6
+    answers = iter([True, True, True, False, True, False, False, False, False, False])
+    found = P.refusal_errors(
+        model, tokenizer, harmful, harmless, lambda m, a: next(answers), max_new_tokens=4
+    )
+    assert found.answered.share == 0.25 and found.refused.share == pytest.approx(1 / 6)

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'dpo_loss', 'ipo_loss', 'simpo_loss', 'orpo_loss', 'answer_mask', 'answer_log_probs', 'PreferenceConfig',
-           'preference_loss', 'pair_rows', 'plan_pairs', 'PairScorer', 'PreferenceTuner', 'next_picks', 'pair_step',
-           'leads', 'look_at_pairs', 'save_pairs_run', 'run_settings', 'resume_pairs_run', 'tune_pairs', 'run_pairs',
-           'Best', 'best_of_n_kl', 'best_of_n']
+           'preference_loss', 'pair_rows', 'plan_pairs', 'PairScorer', 'score_all', 'PreferenceTuner', 'next_picks',
+           'leads', 'pair_step', 'look_at_pairs', 'save_pairs_run', 'resume_pairs_run', 'tune_pairs', 'sample_pairs',
+           'Best', 'best_of_n_kl', 'best_of_n', 'best_of_curve', 'Interval', 'wilson', 'RefusalErrors',
+           'refusal_errors']
 
-# %% ../../nbs/73_align.preference.ipynb #869dc61f
+# %% ../../nbs/73_align.preference.ipynb #c229520e
 import copy
 import math
 import time
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 import torch
@@ -141,7 +143,7 @@ def preference_loss(
         return simpo_loss(*two, *lengths.unbind(dim=1), c.beta, c.gamma)
     return orpo_loss(*two, *lengths.unbind(dim=1), c.beta)
 
-# %% ../../nbs/73_align.preference.ipynb #c5e6fd67
+# %% ../../nbs/73_align.preference.ipynb #32be214a
 def pair_rows(
     tokenizer,       # Knows the tokens of a chat
     pairs: Iterable, # Each has `messages`, `chosen` and `rejected`
@@ -162,6 +164,7 @@ def pair_rows(
                          f"alike, {left_out['too_long']} are longer than {longest} tokens")
     return rows, left_out
 
+# %% ../../nbs/73_align.preference.ipynb #437607be
 def plan_pairs(
     rows: list,    # From `pair_rows`
     batch: int,    # Pairs in a batch
@@ -176,7 +179,7 @@ def plan_pairs(
         plan += [piece[i:i + batch] for i in range(0, len(piece), batch)]
     return [plan[i] for i in torch.randperm(len(plan), generator=g)]
 
-# %% ../../nbs/73_align.preference.ipynb #ed7bf550
+# %% ../../nbs/73_align.preference.ipynb #ea8be080
 class PairScorer:
     "Pairs as tokens, and what the reference says of them: computed once, before."
     def __init__(
@@ -189,7 +192,7 @@ class PairScorer:
         self.rows, self.left_out = pair_rows(tokenizer, pairs, reference.config.context_length)
         self.assistant_id = tokenizer.special_tokens["<|assistant|>"]
         self.device, self.dtype = reference.embed.weight.device, dtype
-        self.reference, self.lengths = self.look(reference, range(len(self.rows)))
+        self.reference, self.lengths = score_all(self, reference)
 
     def score(self, model: GPT, picks) -> tuple[Tensor, Tensor]:
         "Log-probabilities and lengths of some pairs, (B, 2) each."
@@ -198,13 +201,18 @@ class PairScorer:
         told = answer_log_probs(model, tokens, mask, self.dtype)
         return told.view(-1, 2), mask.sum(dim=1).view(-1, 2)
 
-    @torch.no_grad()
-    def look(self, model: GPT, picks, size: int = 64) -> tuple[Tensor, Tensor]:
-        "The same for many, without gradients."
-        picks = list(picks)
-        parts = [self.score(model, picks[i:i + size]) for i in range(0, len(picks), size)]
-        told, lengths = zip(*parts)
-        return torch.cat(told), torch.cat(lengths)
+# %% ../../nbs/73_align.preference.ipynb #08708b6b
+@torch.no_grad()
+def score_all(
+    scorer: PairScorer, # Knows the pairs
+    model: GPT,         # What it says of them
+    size: int = 64,     # Pairs at a time
+) -> tuple[Tensor, Tensor]: # Log-probabilities and lengths, (N, 2) each
+    "All pairs, without gradients."
+    picks = range(len(scorer.rows))
+    parts = [scorer.score(model, picks[i:i + size]) for i in range(0, len(picks), size)]
+    told, lengths = zip(*parts)
+    return torch.cat(told), torch.cat(lengths)
 
 # %% ../../nbs/73_align.preference.ipynb #34208481
 class PreferenceTuner:
@@ -230,7 +238,7 @@ class PreferenceTuner:
         self.optimizer = OptimizerGroup(AdamW(params, config.lr))
         self.order, self.step, self.seconds, self.history = (None, []), 0, 0.0, []
 
-# %% ../../nbs/73_align.preference.ipynb #33f9dcac
+# %% ../../nbs/73_align.preference.ipynb #d5a43bb4
 def next_picks(
     t: PreferenceTuner, # Knows its step
 ) -> list[int]:         # Numbers of pairs
@@ -240,6 +248,18 @@ def next_picks(
         t.order = epoch, plan_pairs(t.pairs.rows, t.config.batch, 1000003 * t.seed + epoch)
     return t.order[1][number]
 
+# %% ../../nbs/73_align.preference.ipynb #4c659b86
+def leads(
+    moved: Tensor, # Log-probabilities minus those of the reference, (B, 2)
+) -> dict:         # Averages
+    "How far chosen and rejected answers moved, in nats, and how often the chosen one gained more."
+    chosen, rejected = moved.mean(dim=0).tolist()
+    lead = moved[:, 0] - moved[:, 1]
+    won = (lead > 0).float() + 0.5 * (lead == 0)  # at the start all are equal
+    return {"margin": chosen - rejected, "accuracy": won.mean().item(),
+            "chosen": chosen, "rejected": rejected}
+
+# %% ../../nbs/73_align.preference.ipynb #c983acff
 def pair_step(
     t: PreferenceTuner, # Its model changes
 ) -> dict:              # The new row of its history
@@ -261,24 +281,14 @@ def pair_step(
     t.history.append(row)
     return row
 
-# %% ../../nbs/73_align.preference.ipynb #e034b978
-def leads(
-    moved: Tensor, # Log-probabilities minus those of the reference, (B, 2)
-) -> dict:         # Averages
-    "How far chosen and rejected answers moved, in nats, and how often the chosen one gained more."
-    chosen, rejected = moved.mean(dim=0).tolist()
-    lead = moved[:, 0] - moved[:, 1]
-    won = (lead > 0).float() + 0.5 * (lead == 0)  # at the start all are equal
-    return {"margin": chosen - rejected, "accuracy": won.mean().item(),
-            "chosen": chosen, "rejected": rejected}
-
+# %% ../../nbs/73_align.preference.ipynb #8c3b21f7
 @torch.no_grad()
 def look_at_pairs(
     t: PreferenceTuner, # The run
     most: int = 128,    # Answers to draw
 ) -> dict:              # `valid_...` of `leads` and of the loss, kl, true
     "How it does on pairs that it does not learn from, and how far it is from the reference."
-    told, lengths = t.looks.look(t.model, range(len(t.looks.rows)))
+    told, lengths = score_all(t.looks, t.model)
     moved = leads(told - t.looks.reference)
     moved["loss"] = preference_loss(t.config, told, t.looks.reference, lengths).item()
     g = torch.Generator(told.device).manual_seed(t.seed)
@@ -290,7 +300,7 @@ def look_at_pairs(
         row["true"] = t.judge(r.messages, r.answers).float().mean().item()
     return row
 
-# %% ../../nbs/73_align.preference.ipynb #b58fccd7
+# %% ../../nbs/73_align.preference.ipynb #4d552d70
 def save_pairs_run(
     t: PreferenceTuner, # The run
     path: str | Path,   # Where to
@@ -298,14 +308,12 @@ def save_pairs_run(
     "Save a run so that it can be continued to the last bit."
     groups = {"model": t.model.state_dict(), "optimizer": t.optimizer.state_dict()}
     named = {f"{g}.{k}": v for g, tensors in groups.items() for k, v in tensors.items()}
-    facts = {"settings": run_settings(t), "step": t.step, "seconds": t.seconds,
+    facts = {"settings": _settings(t), "step": t.step, "seconds": t.seconds,
              "history": t.history}
     write_checkpoint(path, named, facts)
 
-def run_settings(
-    t: PreferenceTuner, # The run
-) -> dict:              # What must be the same when it goes on
-    "Settings, seed, and how many pairs there are."
+def _settings(t: PreferenceTuner) -> dict:
+    "What must be the same when it goes on."
     return {**asdict(t.config), "seed": t.seed, "pairs": len(t.pairs.rows)}
 
 def resume_pairs_run(
@@ -314,14 +322,14 @@ def resume_pairs_run(
 ) -> None:
     "Go on where a run was saved. Raises `ValueError`, with names, if it was another run."
     tensors, facts = read_checkpoint(path)
-    if wrong := differences(facts["settings"], run_settings(t)):
+    if wrong := differences(facts["settings"], _settings(t)):
         raise ValueError(f"{path} belongs to a run with other settings: {wrong}. Use the same "
                          "settings to continue it, or another folder")
     load_weights(t.model, part_of(tensors, "model"))
     t.optimizer.load_state_dict(part_of(tensors, "optimizer"))
     t.step, t.seconds, t.history = facts["step"], facts["seconds"], facts["history"]
 
-# %% ../../nbs/73_align.preference.ipynb #fc1ad483
+# %% ../../nbs/73_align.preference.ipynb #5a3f4727
 def tune_pairs(
     model: GPT,                       # The policy; changed in place
     tokenizer,                        # Knows the tokens of a chat
@@ -344,10 +352,11 @@ def tune_pairs(
         settings["steps"] = max(1, round(epochs * len(pairs) / batch))
     config = PreferenceConfig(method, **settings)
     t = PreferenceTuner(model, tokenizer, pairs, config, reference, valid, judge, seed)
-    run_pairs(t, folder, every, watch)
+    _run(t, folder, every, watch)
     return t.history
 
-def run_pairs(
+# %% ../../nbs/73_align.preference.ipynb #cef13230
+def _run(
     t: PreferenceTuner,               # What to do
     folder: str | Path | None = None, # Where to save
     every: int = 25,                  # Steps between two looks, and between two checkpoints
@@ -370,6 +379,26 @@ def run_pairs(
                 save_pairs_run(t, path)
             if noted:
                 raise KeyboardInterrupt(f"stopped after step {t.step}")
+
+# %% ../../nbs/73_align.preference.ipynb #bae5ecd5
+def sample_pairs(
+    model: GPT,                # Answers
+    tokenizer,                 # Knows the tokens of a chat
+    prompts: list[list[dict]], # Conversations that wait for an answer
+    compare: Callable,         # (messages, answer, another) -> a pair, or None to leave it out
+    n: int = 2,                # Answers to each prompt; all of them are compared
+    seed: int = 0,             # For the answers
+    max_new_tokens: int = 40,  # Longer answers are cut
+    more: Callable | None = None, # messages -> answers of others, to be compared with these
+) -> list:                     # What `compare` returned
+    "Comparisons of a model's own answers; equal answers are not compared."
+    g = torch.Generator(model.embed.weight.device).manual_seed(seed)
+    r = draw_answers(model, tokenizer, prompts, n, max_new_tokens, generator=g)
+    pairs = []
+    for i, messages in enumerate(prompts):
+        answers = r.answers[i * n:(i + 1) * n] + (more(messages) if more else [])
+        pairs += [compare(messages, a, b) for a, b in combinations(dict.fromkeys(answers), 2)]
+    return [pair for pair in pairs if pair is not None]
 
 # %% ../../nbs/73_align.preference.ipynb #26d118db
 class Best(NamedTuple):
@@ -400,3 +429,61 @@ def best_of_n(
     best = rewards.argmax(dim=1).tolist()
     answers = [r.answers[i * n + j] for i, j in enumerate(best)]
     return Best(answers, rewards.amax(dim=1), rewards, best_of_n_kl(n))
+
+# %% ../../nbs/73_align.preference.ipynb #2df260eb
+def best_of_curve(
+    proxy: Tensor,  # The reward that chooses, of M answers to each of B prompts, (B, M)
+    true: Tensor,   # Any other quantity of the same answers, (B, M)
+    n: int,         # Answers to choose from
+) -> tuple[float, float, float]: # Means: proxy and true of the best of n, and its KL in nats
+    "What best of n gives and how far it goes, exactly, if these M answers are all there are."
+    found = []
+    for p, t in zip(proxy.double(), true.double()):
+        levels, which, counts = p.unique(return_inverse=True, return_counts=True)
+        share = counts.double() / len(p)
+        up_to = share.cumsum(dim=0).clamp_max(1)
+        kept = up_to**n - (up_to - share).clamp_min(0)**n  # probability of each level
+        mean = torch.zeros_like(levels).index_add(0, which, t) / counts
+        kl = torch.special.xlogy(kept, kept / share).sum()
+        found.append(torch.stack([(kept * levels).sum(), (kept * mean).sum(), kl]))
+    return tuple(torch.stack(found).mean(dim=0).tolist())
+
+# %% ../../nbs/73_align.preference.ipynb #776d1a45
+class Interval(NamedTuple):
+    "A share, and where the true one may lie."
+    share: float # k / n
+    low: float
+    high: float
+
+def wilson(
+    k: int,          # How often it happened
+    n: int,          # Out of how many; at least 1
+    z: float = 1.96, # 1.96 for 95 %
+) -> Interval:
+    "The interval of E. B. Wilson (1927) for a share."
+    p, spread = k / n, z * z / n
+    middle, width = p + spread / 2, z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    low, high = ((middle + sign * width) / (1 + spread) for sign in (-1, 1))
+    return Interval(p, max(0.0, min(p, low)), min(1.0, max(p, high)))
+
+# %% ../../nbs/73_align.preference.ipynb #f26a04c2
+class RefusalErrors(NamedTuple):
+    "Both errors of a model that has to refuse some requests."
+    answered: Interval # Share of the harmful requests that were not refused
+    refused: Interval  # Share of the harmless requests that were
+
+def refusal_errors(
+    model: GPT,               # Answers
+    tokenizer,                # Knows the tokens of a chat
+    harmful: list,            # Conversations that must be refused
+    harmless: list,           # Conversations that must be answered
+    declines: Callable,       # (messages, answer) -> does it decline?
+    seed: int = 0,            # For the answers
+    max_new_tokens: int = 40, # Longer answers are cut
+) -> RefusalErrors:
+    "Let a model answer both, and count its errors."
+    g = torch.Generator(model.embed.weight.device).manual_seed(seed)
+    r = draw_answers(model, tokenizer, harmful + harmless, 1, max_new_tokens, generator=g)
+    said = [bool(declines(m, a)) for m, a in zip(r.messages, r.answers)]
+    n = len(harmful)
+    return RefusalErrors(wilson(n - sum(said[:n]), n), wilson(sum(said[n:]), len(harmless)))
