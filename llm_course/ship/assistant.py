@@ -71,8 +71,8 @@ def teaching_of(
     t = Teaching(given.chats or usual, given.preferences or usual, given.method)
     return replace(t, method=t.method or ("grpo" if t.preferences == "world" else "dpo"))
 
-# %% ../../nbs/95_ship.assistant.ipynb #98ac3e9a
-CHATS, ASKED, PROMPTS = 6000, 1000, 2000  # how much the story world says
+# %% ../../nbs/95_ship.assistant.ipynb #58d64e8d
+CHATS, ASKED, PROMPTS = 6000, 2000, 2000  # how much the story world says
 
 def part_rows(
     rows: list,      # Conversations, pairs, or the like
@@ -235,20 +235,20 @@ def sft_stage(
     return {"conversations": len(learn), "steps": progress.step, "before": before, "after": after,
             **grades}
 
-# %% ../../nbs/95_ship.assistant.ipynb #256a6fb2
+# %% ../../nbs/95_ship.assistant.ipynb #08f1267b
 def comparisons(
     run: Run,             # The run
     t: Teaching,          # What it learns from
     model: GPT,           # The fine-tuned model
     tokenizer: Tokenizer, # Its own
-    n: int = ASKED,       # How many prompts of the story world; each gives about six pairs
+    n: int = ASKED,       # How many prompts of the story world; each gives about twenty pairs
 ) -> tuple[list, list]:   # Pairs to learn from, and held back
     "Answers in pairs, of which somebody preferred one."
     if t.preferences != "world":
         _, pairs = read_examples(t, Quiet(), tokenizer, model.config.context_length)
         return part_rows(pairs, lambda pair: json.dumps(pair.messages))
     drawn = partial(collect_pairs, model, tokenizer, Talk(World(seed=0)))
-    return drawn(n, seed=1), drawn(max(2, n // 10), seed=2, split="held-out")
+    return drawn(n, seed=1, sampled=3, written=4), drawn(max(2, n // 10), 2, "held-out")
 
 def reward_stage(
     run: Run,           # The run
@@ -343,7 +343,7 @@ def assistant_stages(
     names = {stage.__name__.removesuffix("_stage"): stage for stage in [tokenizer_stage, *more]}
     return {**STAGES, **{name: partial(stage, teaching=t) for name, stage in names.items()}}
 
-# %% ../../nbs/95_ship.assistant.ipynb #4f9f06ff
+# %% ../../nbs/95_ship.assistant.ipynb #7ab314b7
 COLUMNS = {"reward": "true reward", "facts": "facts right", "refused": "refused what it must",
            "helped": "helped with what looks like it"}
 
@@ -368,7 +368,8 @@ def transcripts(
         g = torch.Generator().manual_seed(seed)
         for row, text in zip(said, answer_batch(model, tokenizer, prompts, generator=g)):
             row[stage] = text
-    return [(prompt[-1]["content"], row) for prompt, row in zip(prompts, said)]
+    asked = [" … ".join(m["content"] for m in p if m["role"] == "user") for p in prompts]
+    return list(zip(asked, said))
 
 # %% ../../nbs/95_ship.assistant.ipynb #f38b5321
 def assistant_parts(

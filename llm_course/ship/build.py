@@ -277,6 +277,10 @@ def figure_cards(
         (f"{figures['possible']:.0%}", "possible stories", "of 50 that it wrote")]
     perplexity = [] if world else [
         (f"{figures['perplexity']:.3g}", "perplexity", "as if choosing among so many tokens")]
+    sft, policy = facts.get("sft", {}), facts.get("policy", {})
+    if "reward" in policy and "reward" in sft:
+        world.append((f"{policy['reward']:.2f}", "true reward of its answers",
+                      f"{sft['reward']:.2f} before feedback; 1 is perfect"))
     return world + [
         (f"{figures['bits_per_byte']:.2f}", "bits per byte", "8 for a model that knows nothing"),
         (f"{figures['loss']:.3f}", "loss", "nats per token it never saw"), *perplexity,
