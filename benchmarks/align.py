@@ -47,13 +47,9 @@ from llm_course.talk import Talk, annotators
 
 FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "align.json"
 SEEDS = (0, 1, 2)
-SETTINGS = {
-    "reinforce": {"lr": 1e-3, "kl": 0.02},
-    "ppo": {"lr": 1e-3, "kl": 0.02, "passes": 4},
-    "grpo": {"lr": 1e-3, "kl": 0.05},
-}
+SETTINGS = {"reinforce": {"kl": 0.05}, "ppo": {"kl": 0.05, "passes": 4}, "grpo": {"kl": 0.1}}
 STEPS = 40
-BETAS, BETA_SETTINGS = (0.0, 0.03, 0.1, 0.3), {"lr": 2e-3, "steps": 30}
+BETAS, BETA_SETTINGS = (0.0, 0.1, 0.3, 1.0), {"lr": 2e-3, "steps": 30, "kl_target": None}
 BIAS = {"length": 0.15, "flattery": 0.2}  # per ten words, and for a flattering phrase
 COLUMNS = ("reward", "true", "kl", "length")
 
@@ -141,9 +137,8 @@ def run(village: Village, proxy, method: str, seed: int, *args, **settings) -> d
 
 
 def save_assistant(village: Village, folder: Path) -> None:
-    "Make the assistant that ships: a longer run of GRPO."
-    settings = {**SETTINGS["grpo"], "steps": 2 * STEPS}
-    model, _ = tuned(village, village.reward("ship"), "grpo", 0, **settings)
+    "Make the assistant that ships: GRPO, the first seed."
+    model, _ = tuned(village, village.reward("ship"), "grpo", 0, **SETTINGS["grpo"])
     save_model(model, folder / "assistant.safetensors", torch.bfloat16)
 
 

@@ -55,16 +55,17 @@ def kl_estimates(
     log_ratio = reference - log_probs
     return KLEstimates(-log_ratio, log_ratio.square() / 2, log_ratio.expm1() - log_ratio)
 
-# %% ../../nbs/72_align.policy.ipynb #0542078e
+# %% ../../nbs/72_align.policy.ipynb #e7c2851f
 class AdaptiveKL:
-    "A KL coefficient that steers towards a target (arXiv:1909.08593)."
+    "A KL coefficient that rises while the KL is above a target (arXiv:1909.08593)."
     def __init__(
         self,
-        coefficient: float = 0.1,      # To begin with
+        coefficient: float = 0.1,      # To begin with, and the least
         target: float | None = None,   # Nats per answer; None: the coefficient stays
-        horizon: int = 2000,           # About how many answers until it has changed by a fifth
+        horizon: int = 100,            # About how many answers until it has changed by a fifth
     ):
         self.coefficient, self.target, self.horizon = coefficient, target, horizon
+        self.least = coefficient
 
     def update(
         self,
@@ -74,7 +75,8 @@ class AdaptiveKL:
         "Learn from a measurement."
         if self.target is not None:
             error = max(-0.2, min(0.2, kl / self.target - 1))
-            self.coefficient *= 1 + error * n / self.horizon
+            change = 1 + error * min(1, n / self.horizon)
+            self.coefficient = max(self.least, self.coefficient * change)
         return self.coefficient
 
 # %% ../../nbs/72_align.policy.ipynb #27a3e9d2
@@ -280,7 +282,7 @@ def look_at(
     back = torch.cat(parts).argsort()
     return Outlook(*(torch.cat(columns)[back] for columns in zip(*found)))
 
-# %% ../../nbs/72_align.policy.ipynb #bd40ee4a
+# %% ../../nbs/72_align.policy.ipynb #90e73324
 @dataclass(frozen=True)
 class PolicyConfig:
     "All that decides the numbers of a policy's tuning."
@@ -291,8 +293,8 @@ class PolicyConfig:
     group: int = 8                   # Answers to the same prompt
     passes: int = 2                  # Steps of the optimiser per batch; 1 for REINFORCE
     lr: float = 1e-3                 # AdamW's, falling linearly to 0
-    kl: float = 0.05                 # Coefficient of the KL, to begin with
-    kl_target: float | None = None   # Nats per answer; the coefficient then adapts
+    kl: float = 0.1                  # Coefficient of the KL, to begin with
+    kl_target: float | None = 5.0    # Nats per answer; above it the coefficient rises
     clip: float = 0.2                # How far a ratio may go
     entropy: float = 0.0             # PPO's reward for uncertainty, per nat
     normalise: str = "token"         # How GRPO averages over tokens, see `average`
