@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'TOKENS_AT_ONCE', 'ENOUGH', 'LowRank', 'low_rank', 'Factors', 'factors', 'LowRankNoise', 'ManyLinear',
-           'ManyEmbedding', 'ManyNorm', 'many_of', 'Stack', 'TokenLinear', 'stack_of', 'population_loss']
+           'ManyEmbedding', 'ManyNorm', 'many_of', 'Stack', 'ManyAttention', 'TokenLinear', 'stack_of',
+           'population_loss']
 
-# %% ../../nbs/63_evolve.population.ipynb #fc192d73
+# %% ../../nbs/63_evolve.population.ipynb #94f96c55
 import copy, math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .search import _cut, dense, each_loss, flatten, nats, shapes_of
+from ..model.attention import Attention, attend_plain, join_heads, query_key, split_heads
 from ..model.block import relu2
 from ..model.embedding import Rope
 from ..model.gpt import GPT
@@ -181,11 +183,7 @@ class ManyNorm(nn.Module):
         y = y * weight if self.bias is None else torch.addcmul(self.bias[:, None], y, weight)
         return y.view(x.shape)
 
-# %% ../../nbs/63_evolve.population.ipynb #7f6c1a6a
-def _relu2_in_place(x: Tensor) -> Tensor:
-    "No gradient needs the values before: a new tensor would be written only to be read once."
-    return x.relu_().square_()
-
+# %% ../../nbs/63_evolve.population.ipynb #9eaa9220
 def many_of(
     layer: nn.Module,     # One layer
 ) -> nn.Module | None:    # The layer for many models, or None for any other kind
@@ -209,7 +207,7 @@ def _put_in(
     owner, _, last = name.rpartition(".")
     setattr(model.get_submodule(owner), last, layer)
 
-# %% ../../nbs/63_evolve.population.ipynb #0ea13f82
+# %% ../../nbs/63_evolve.population.ipynb #a0f7ae3b
 class Stack(nn.Module):
     "Many models with the architecture of one, in one pass. Raises `TypeError` if it cannot be."
     def __init__(
@@ -219,9 +217,7 @@ class Stack(nn.Module):
         super().__init__()
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.shapes, self.inner, self.layers = shapes_of(model), copy.deepcopy(model).eval(), {}
-        for layer in self.inner.modules():
-            if getattr(layer, "bend", None) is relu2:
-                layer.bend = _relu2_in_place
+        _speed_up(self.inner)
         for name, layer in model.named_modules():
             own = dict(layer.named_parameters(recurse=False))
             if own and not (many := many_of(layer)):
@@ -239,6 +235,29 @@ class Stack(nn.Module):
         _give(self, candidates, tokens.numel())
         P, (B, T) = len(candidates), tokens.shape
         return self.inner(tokens.repeat(P, 1)).view(P, B, T, -1)
+
+# %% ../../nbs/63_evolve.population.ipynb #4665dd7a
+class ManyAttention(Attention):
+    "Attention by the bare formula where texts are short."
+    def forward(self, x: Tensor, rotate=None, mask=None) -> Tensor:
+        "As `Attention`, with the same weights."
+        if mask is not None or x.shape[1] > 64 or x.device.type != "cpu":
+            return super().forward(x, rotate, mask)
+        q, k = query_key(self, x, rotate)
+        v = split_heads(self.value(x), self.n_kv_heads)
+        return self.out(join_heads(attend_plain(q, k, v, window=self.window)))
+
+def _relu2_in_place(x: Tensor) -> Tensor:
+    "A new tensor would be written only to be read once."
+    return x.relu_().square_()
+
+def _speed_up(model: nn.Module) -> None:
+    "Exchange parts for faster ones that give the same."
+    for layer in model.modules():
+        if getattr(layer, "bend", None) is relu2:
+            layer.bend = _relu2_in_place
+        if type(layer) is Attention:
+            layer.__class__ = ManyAttention  # the same weights, another forward
 
 # %% ../../nbs/63_evolve.population.ipynb #fa8ba830
 def _give(
