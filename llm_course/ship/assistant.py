@@ -71,7 +71,7 @@ def teaching_of(
     t = Teaching(given.chats or usual, given.preferences or usual, given.method)
     return replace(t, method=t.method or ("grpo" if t.preferences == "world" else "dpo"))
 
-# %% ../../nbs/95_ship.assistant.ipynb #58d64e8d
+# %% ../../nbs/95_ship.assistant.ipynb #02f58047
 CHATS, ASKED, PROMPTS = 6000, 2000, 2000  # how much the story world says
 
 def part_rows(
@@ -84,6 +84,7 @@ def part_rows(
         held = [i == 0 for i in range(len(rows))]
     return ([row for row, h in zip(rows, held) if not h], [row for row, h in zip(rows, held) if h])
 
+# %% ../../nbs/95_ship.assistant.ipynb #2e96335f
 def read_examples(
     t: Teaching,          # Says which
     reporter: Reporter,   # Is told what was left out
@@ -116,7 +117,7 @@ def tokenizer_stage(
     said = [" " + message["content"] for messages in chats for message in messages]
     return make_tokenizer(run, said + [f" {p.chosen}\n {p.rejected}" for p in pairs])
 
-# %% ../../nbs/95_ship.assistant.ipynb #f76f2e56
+# %% ../../nbs/95_ship.assistant.ipynb #fcf4171c
 BRAINS = {"base": "model.safetensors", "sft": "sft.safetensors",
           "assistant": "assistant.safetensors"}
 
@@ -141,6 +142,7 @@ def open_stage(
     tokenizer, model = add_chat_tokens(tokenizer, model)
     return model.to(run.device), tokenizer
 
+# %% ../../nbs/95_ship.assistant.ipynb #25cdc68d
 def answer_loss(
     model: GPT,            # Any
     tokenizer: Tokenizer,  # Knows the special tokens of a chat
@@ -153,7 +155,10 @@ def answer_loss(
     T = model.config.context_length
     return evaluate(model, one_pass(ChatBatches(texts, 16, T, pack=False)))
 
-# %% ../../nbs/95_ship.assistant.ipynb #6b176d8e
+# %% ../../nbs/95_ship.assistant.ipynb #8791aa1a
+COLUMNS = {"reward": "true reward", "facts": "facts right", "refused": "refused what it must",
+           "helped": "helped with what looks like it"}
+
 def grade_talk(
     model: GPT,           # An assistant
     tokenizer: Tokenizer, # Its own
@@ -192,7 +197,7 @@ def reminders(
             break
     return pieces[:n]
 
-# %% ../../nbs/95_ship.assistant.ipynb #770d30db
+# %% ../../nbs/95_ship.assistant.ipynb #f28141bc
 def enough_passes(
     rows: list,    # What is learned from
     usual: float,  # Passes when there are many
@@ -210,6 +215,7 @@ def look_at(
                               f"step {row['step']}  loss {row['train']:.3f}")
     return watch
 
+# %% ../../nbs/95_ship.assistant.ipynb #dbc8a243
 def sft_stage(
     run: Run,             # The run
     teaching: Teaching,   # What it learns from
@@ -235,7 +241,7 @@ def sft_stage(
     return {"conversations": len(learn), "steps": progress.step, "before": before, "after": after,
             **grades}
 
-# %% ../../nbs/95_ship.assistant.ipynb #08f1267b
+# %% ../../nbs/95_ship.assistant.ipynb #860b205e
 def comparisons(
     run: Run,             # The run
     t: Teaching,          # What it learns from
@@ -250,6 +256,7 @@ def comparisons(
     drawn = partial(collect_pairs, model, tokenizer, Talk(World(seed=0)))
     return drawn(n, seed=1, sampled=3, written=4), drawn(max(2, n // 10), 2, "held-out")
 
+# %% ../../nbs/95_ship.assistant.ipynb #e3cb12aa
 def reward_stage(
     run: Run,           # The run
     teaching: Teaching, # What it learns from
@@ -271,7 +278,7 @@ def reward_stage(
                      f"{len(held):,} held-out choices{limit}")
     return {"pairs": len(learn), "steps": progress.step, "accuracy": right, "best": best}
 
-# %% ../../nbs/95_ship.assistant.ipynb #fb59dc66
+# %% ../../nbs/95_ship.assistant.ipynb #553bc71f
 def follow_reward(
     run: Run,             # The run, with a reward model
     t: Teaching,          # What it learns from
@@ -295,6 +302,7 @@ def follow_reward(
                        seed=run.settings.seed, folder=run.folder / "checkpoints-policy",
                        **settings)
 
+# %% ../../nbs/95_ship.assistant.ipynb #9f1497a9
 def policy_stage(
     run: Run,           # The run
     teaching: Teaching, # What it learns from
@@ -343,10 +351,7 @@ def assistant_stages(
     names = {stage.__name__.removesuffix("_stage"): stage for stage in [tokenizer_stage, *more]}
     return {**STAGES, **{name: partial(stage, teaching=t) for name, stage in names.items()}}
 
-# %% ../../nbs/95_ship.assistant.ipynb #7ab314b7
-COLUMNS = {"reward": "true reward", "facts": "facts right", "refused": "refused what it must",
-           "helped": "helped with what looks like it"}
-
+# %% ../../nbs/95_ship.assistant.ipynb #13bf9a96
 def grade_rows(
     facts: dict, # Figures of all stages
 ) -> dict:       # Stage -> a value for each of `COLUMNS`
@@ -356,6 +361,7 @@ def grade_rows(
     return {name: [f"{row[c]:.2f}" if c == "reward" else f"{row[c]:.0%}" for c in COLUMNS]
             for name, row in shown.items()}
 
+# %% ../../nbs/95_ship.assistant.ipynb #24029966
 def transcripts(
     run: Run,       # The run
     prompts: list,  # Conversations that wait for an answer
@@ -371,7 +377,7 @@ def transcripts(
     asked = [" … ".join(m["content"] for m in p if m["role"] == "user") for p in prompts]
     return list(zip(asked, said))
 
-# %% ../../nbs/95_ship.assistant.ipynb #f38b5321
+# %% ../../nbs/95_ship.assistant.ipynb #ef1c3493
 def assistant_parts(
     run: Run, # The run
 ) -> list[tuple[str, str, str]]: # Heading, lead, safe HTML; empty for a base model
@@ -393,6 +399,7 @@ def assistant_parts(
     cards = "".join(answers_html(*said) for said in transcripts(run, prompts))
     return parts + [("What it answers", SIDE_BY_SIDE, f'<div class="samples">{cards}</div>')]
 
+# %% ../../nbs/95_ship.assistant.ipynb #524051db
 def until_answer(
     messages: list[dict], # A whole conversation
 ) -> list[dict]:          # Up to the user's last words
@@ -409,7 +416,7 @@ ROSE = (
     "please that model; whether it also became better, the table above says.")
 SIDE_BY_SIDE = "The same question to the model as it was after each stage, at temperature 1."
 
-# %% ../../nbs/95_ship.assistant.ipynb #0b7e0037
+# %% ../../nbs/95_ship.assistant.ipynb #0aa52a1e
 KEPT = ("tokenizer", "base", "sft")
 
 def left_behind(
@@ -425,6 +432,7 @@ def left_behind(
     facts["tokens"]["folder"] = str(where)
     return read_json(source / "config.json")["settings"], facts
 
+# %% ../../nbs/95_ship.assistant.ipynb #eb8d1c55
 def adopt(
     source: Path | None, # A finished run; None: the model that ships
     folder: Path,        # The new run's; one that is there is left as it is

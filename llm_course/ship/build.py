@@ -42,6 +42,7 @@ class Loaded(NamedTuple):
     name: str         # How to call it
     stage: str = "base" # "base" goes on with a text; "sft" and "assistant" answer
 
+# %% ../../nbs/96_ship.build.ipynb #cee47cc9
 def load_run(
     folder: str | Path | None = None, # A run; by default the models that ship
     device: str | None = None,        # Where to; by default the fastest
@@ -288,6 +289,7 @@ def figure_cards(
         (short(plan["parameters"]), "parameters",
          f"{size['n_layers']} layers of width {size['d_model']}")]
 
+# %% ../../nbs/96_ship.build.ipynb #ca7c77dc
 def versions() -> dict[str, str]: # Name -> version
     "What a run was made with."
     system = f"{platform.system()} {platform.machine()}"

@@ -357,16 +357,17 @@ HEAD = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 """
 
+# %% ../../nbs/93_ship.report.ipynb #52631b06
 def render(
     report: Report, # What to say
 ) -> str:           # A complete HTML page that loads nothing from anywhere
     "Write the page."
-    writes = WRITES + (IMPOSSIBLE if any(s.wrong_at is not None for s in report.samples) else "")
+    writes = WRITES + IMPOSSIBLE * any(s.wrong_at is not None for s in report.samples)
     chart = line_chart(report.curves, report.floor) if any(report.curves.values()) else ""
-    cards = "".join(sample_html(sample) for sample in report.samples)
+    cards = "".join(map(sample_html, report.samples))
     cards = f'<div class="samples">{cards}</div>' if cards else ""
     coloured = surprise_html(report.pieces) if report.pieces else ""
-    next_step = f"<p><code>{plain(report.command)}</code></p>" if report.command else ""
+    step = f"<p><code>{plain(report.command)}</code></p>" if report.command else ""
     tables = "".join(table_html(heading, rows) for heading, rows in report.tables.items())
     return (f"{HEAD}<title>{plain(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
             f"<h1>{plain(report.title)}</h1>\n<p class=lead>{plain(report.lead)}</p>\n"
@@ -374,7 +375,7 @@ def render(
             + section("What it writes", writes, cards)
             + section("What surprised it", SURPRISED, coloured)
             + "".join(section(*part) for part in report.parts)
-            + section("Talk to it", "In a terminal:", next_step)
+            + section("Talk to it", "In a terminal:", step)
             + f'<div class="tables">{tables}</div>\n</body>\n</html>\n')
 
 # %% ../../nbs/93_ship.report.ipynb #2902b5f7

@@ -140,6 +140,7 @@ def full_path(
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 
+# %% ../../nbs/94_ship.run.ipynb #e6c9c98e
 def with_paths(
     s: Settings,  # What was chosen
 ) -> Settings:    # With full paths
