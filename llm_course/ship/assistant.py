@@ -306,7 +306,7 @@ def follow_reward(
 def policy_stage(
     run: Run,           # The run
     teaching: Teaching, # What it learns from
-    n: int = ASKED,     # How many prompts of the story world, for DPO
+    n: int = ASKED // 5,# How many prompts of the story world, for DPO
     **settings,         # For `tune_policy` or `tune_pairs`
 ) -> dict:              # Figures
     "Prefer what people prefer, without forgetting how to speak."
@@ -320,15 +320,12 @@ def policy_stage(
         history = follow_reward(run, teaching, model, tokenizer, **settings)
     save_model(model, run.folder / "assistant.safetensors")
     grades = grade_talk(model, tokenizer) if knows_world(teaching) else {}
-    seen = [row for row in history if "valid_accuracy" in row]
-    right = seen[-1]["valid_accuracy"] if seen else None
-    run.reporter.say(f"policy      {teaching.method}, {history[-1]['step'] + 1} steps"
-                     + (f"; true reward {grades['reward']:.2f}" if grades else "")
-                     + (f"; the better of two held-out answers gained more in {right:.0%}"
-                        if seen else ""))
+    right = [row["valid_accuracy"] for row in history if "valid_accuracy" in row][-1:]
+    grown = [f"; the better of two held-out answers gained more in {x:.0%}" for x in right]
+    earned = f"; true reward {grades['reward']:.2f}" if grades else ""
+    run.reporter.say("".join([f"policy      {teaching.method}, {len(history)} steps", earned, *grown]))
     path = [(row["step"] + 1, row["reward"]) for row in history if "reward" in row]
-    return {"method": teaching.method, "steps": history[-1]["step"] + 1, "path": path,
-            "agreement": right, **grades}
+    return {"method": teaching.method, "steps": len(history), "path": path, **grades}
 
 # %% ../../nbs/95_ship.assistant.ipynb #0143e7f3
 def knows_world(
