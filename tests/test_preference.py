@@ -1,7 +1,10 @@
 """Lesson 73: losses against hand-computed values and the textbook; pairs, tuning, refusals."""
 
 import copy
+import json
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from llm_course.align import preference as P
 from llm_course.align.sft import add_chat_tokens, render, say
+from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import ByteTokenizer
 
@@ -271,3 +275,57 @@ def test_both_errors_of_refusing_are_counted(start):
         model, tokenizer, harmful, harmless, lambda m, a: next(answers), max_new_tokens=4
     )
     assert found.answered.share == 0.25 and found.refused.share == pytest.approx(1 / 6)
+
+
+# --- What was recorded --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict:
+    "Full runs, made by `python benchmarks/align.py --measure pairs best refusal`."
+    return json.loads(asset("align.json").read_text(encoding="utf-8"))
+
+
+def gap_closed(start: float, run: dict) -> float:
+    "The share of the gap to a reward of 1 on held-out prompts, if the KL is small enough."
+    last = run["looks"][-1]
+    return (last["true"] - start) / (1 - start) if last["kl"] < 15 else 0.0
+
+
+def test_dpo_closes_a_quarter_of_the_gap_with_every_seed(recorded):
+    start = recorded["pairs"]["start"]["true"]
+    runs = [r for r in recorded["pairs"]["runs"] if r["method"] == "dpo" and r["prompts"] == 1000]
+    assert len({run["seed"] for run in runs}) >= 3
+    assert min(gap_closed(start, run) for run in runs) >= 0.25
+
+
+def test_chosen_answers_fall_and_rejected_ones_faster(recorded):
+    for run in recorded["pairs"]["runs"]:
+        if run["method"] == "dpo":
+            assert run["rejected"][-1] < run["chosen"][-1]
+
+
+def test_refusals_without_over_refusal(recorded):
+    runs = recorded["refusal"]["runs"]
+    assert len({run["seed"] for run in runs}) >= 3
+    for error in ("answered", "refused"):
+        rows = [row[error] for run in runs for row in run["after"].values() if error in row]
+        k, n = (sum(row[i] for row in rows) for i in (0, 1))
+        assert n >= 600 and k <= 0.05 * n
+
+
+def test_best_of_n_stays_below_its_bound(recorded):
+    rows = recorded["best"]["rows"]
+    assert all(row["kl"] <= row["bound"] + 1e-3 for row in rows)
+    assert rows[-1]["reward"] > rows[0]["reward"]
+
+
+@pytest.mark.slow
+def test_a_full_run_again(recorded):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    from align import Village
+    from preference import MAIN, run
+
+    village = Village()
+    start = village.look(village.model, village.truth)["true"]
+    assert gap_closed(start, run(village, 0, *MAIN)) >= 0.25

@@ -101,8 +101,9 @@ def answer_log_probs(
     found = -F.cross_entropy(logits.float(), tokens[row, at], reduction="none")
     return found.new_zeros(len(tokens)).index_add(0, row, found)
 
-# %% ../../nbs/73_align.preference.ipynb #5c37e27b
-METHODS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}  # and the usual beta of each
+# %% ../../nbs/73_align.preference.ipynb #0252bc36
+# Methods, and the beta of each that works in the village; for DPO, papers use 0.1 or less.
+METHODS = {"dpo": 0.5, "ipo": 0.1, "simpo": 2.0, "orpo": 0.5}
 
 @dataclass(frozen=True)
 class PreferenceConfig:
@@ -112,8 +113,8 @@ class PreferenceConfig:
     gamma: float = 1.0            # SimPO's margin
     steps: int | None = 100       # Batches of pairs, or ...
     minutes: float | None = None  # ... how long
-    batch: int = 32               # Pairs in a batch
-    lr: float = 5e-4              # AdamW's, falling linearly to 0
+    batch: int = 64               # Pairs in a batch
+    lr: float = 1e-3              # AdamW's, falling linearly to 0
     max_new_tokens: int = 40      # Of the answers that are drawn to measure the KL
 
     def __post_init__(self):
@@ -466,7 +467,7 @@ def wilson(
     low, high = ((middle + sign * width) / (1 + spread) for sign in (-1, 1))
     return Interval(p, max(0.0, min(p, low)), min(1.0, max(p, high)))
 
-# %% ../../nbs/73_align.preference.ipynb #f26a04c2
+# %% ../../nbs/73_align.preference.ipynb #7c09ff26
 class RefusalErrors(NamedTuple):
     "Both errors of a model that has to refuse some requests."
     answered: Interval # Share of the harmful requests that were not refused
@@ -480,10 +481,12 @@ def refusal_errors(
     declines: Callable,       # (messages, answer) -> does it decline?
     seed: int = 0,            # For the answers
     max_new_tokens: int = 40, # Longer answers are cut
+    **sampling,               # temperature ... of `sample_batch`
 ) -> RefusalErrors:
     "Let a model answer both, and count its errors."
     g = torch.Generator(model.embed.weight.device).manual_seed(seed)
-    r = draw_answers(model, tokenizer, harmful + harmless, 1, max_new_tokens, generator=g)
+    both = harmful + harmless
+    r = draw_answers(model, tokenizer, both, 1, max_new_tokens, generator=g, **sampling)
     said = [bool(declines(m, a)) for m, a in zip(r.messages, r.answers)]
     n = len(harmful)
     return RefusalErrors(wilson(n - sum(said[:n]), n), wilson(sum(said[n:]), len(harmless)))
