@@ -323,7 +323,8 @@ def policy_stage(
     right = [row["valid_accuracy"] for row in history if "valid_accuracy" in row][-1:]
     grown = [f"; the better of two held-out answers gained more in {x:.0%}" for x in right]
     earned = f"; true reward {grades['reward']:.2f}" if grades else ""
-    run.reporter.say("".join([f"policy      {teaching.method}, {len(history)} steps", earned, *grown]))
+    done = f"policy      {teaching.method}, {len(history)} steps"
+    run.reporter.say("".join([done, earned, *grown]))
     path = [(row["step"] + 1, row["reward"]) for row in history if "reward" in row]
     return {"method": teaching.method, "steps": len(history), "path": path, **grades}
 
