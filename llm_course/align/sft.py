@@ -342,7 +342,7 @@ def load_assistant(
     tokenizer, model = add_chat_tokens(load_tokenizer(asset("story.bpe")), model)
     return model, tokenizer
 
-# %% ../../nbs/70_align.sft.ipynb #b3a32ee9
+# %% ../../nbs/70_align.sft.ipynb #1507d668
 def explore_chat(
     models: dict[str, GPT], # Name -> model
     tokenizer: Tokenizer,   # Of all of them
@@ -350,7 +350,7 @@ def explore_chat(
     "Chat with models side by side; each remembers its own answers."
     widgets = need("ipywidgets", "dev")
     entry = widgets.Text(placeholder="Where does Ada live?", description="you")
-    heat = widgets.FloatSlider(value=0.7, max=1.5, step=0.1, description="temperature")
+    heat = widgets.FloatSlider(value=0.7, max=1.5, step=0.1, description="heat")
     chats = {name: [] for name in models}
     pages = {name: widgets.HTML(layout={"width": f"{96 // len(models)}%"}) for name in models}
 
