@@ -8,7 +8,8 @@
 The lessons draw the recorded runs. All of them start from the assistant and the reward model that
 ship with the course. The parts:
 
-    policy   REINFORCE, PPO and GRPO against the reward model; the true reward is only written down
+    policy   REINFORCE, PPO and GRPO against the reward model; the true reward is only written down;
+             and GRPO on a looser leash
     beta     GRPO against a reward model that was taught by annotators who like long answers and
              flattery, with
              KL coefficients from 0 up: over-optimisation, and the leash that prevents it
@@ -47,9 +48,15 @@ from llm_course.talk import Talk, annotators
 
 FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "align.json"
 SEEDS = (0, 1, 2)
-SETTINGS = {"reinforce": {"kl": 0.05}, "ppo": {"kl": 0.05, "passes": 4}, "grpo": {"kl": 0.1}}
+SETTINGS = {
+    "reinforce": {"kl": 0.05, "kl_target": 5.0},
+    "ppo": {"kl": 0.05, "kl_target": 5.0},
+    "grpo": {"kl": 0.3, "kl_target": 3.0},
+}
 STEPS = 40
-BETAS, BETA_SETTINGS = (0.0, 0.1, 0.3, 1.0), {"lr": 2e-3, "steps": 30, "kl_target": None}
+BETAS = (0.0, 0.1, 0.3, 1.0)
+BETA_SETTINGS = {"lr": 2e-3, "steps": 30, "kl_target": None, "passes": 2}
+LOOSE = {"kl": 0.1, "kl_target": 5.0, "passes": 2}
 BIAS = {"length": 0.15, "flattery": 0.2}  # per ten words, and for a flattering phrase
 COLUMNS = ("reward", "true", "kl", "length")
 
@@ -137,8 +144,9 @@ def run(village: Village, proxy, method: str, seed: int, *args, **settings) -> d
 
 
 def save_assistant(village: Village, folder: Path) -> None:
-    "Make the assistant that ships: GRPO, the first seed."
-    model, _ = tuned(village, village.reward("ship"), "grpo", 0, **SETTINGS["grpo"])
+    "Make the assistant that ships: a run of GRPO that is twice as long."
+    settings = {**SETTINGS["grpo"], "steps": 2 * STEPS}
+    model, _ = tuned(village, village.reward("ship"), "grpo", 0, **settings)
     save_model(model, folder / "assistant.safetensors", torch.bfloat16)
 
 
@@ -146,7 +154,8 @@ def policy(village: Village) -> dict:
     "Three methods, three seeds, the reward model that ships."
     proxy = village.reward("ship")
     runs = [run(village, proxy, m, s, **SETTINGS[m]) for m in SETTINGS for s in SEEDS]
-    return {"start": village.look(village.model, proxy), "runs": runs}
+    loose = [run(village, proxy, "grpo", seed, **LOOSE) for seed in SEEDS]
+    return {"start": village.look(village.model, proxy), "runs": runs, "loose": loose}
 
 
 def beta(village: Village) -> dict:

@@ -332,11 +332,12 @@ def test_recorded_over_optimisation_is_gone_on_a_short_leash():
     betas = sorted({r["beta"] for r in runs})
     assert betas[0] == 0 and len(runs) >= 3 * len(betas)
     for run in runs:
-        last, best = run["looks"][-1], max(x["true"] for x in run["looks"])
+        last = run["looks"][-1]
+        assert last["reward"] > start["reward"]
         if run["beta"] == 0:
-            assert last["reward"] > start["reward"] and last["true"] < best - 0.05
+            assert last["true"] < start["true"] - 0.1
         if run["beta"] == betas[-1]:
-            assert last["true"] > start["true"] and last["true"] > best - 0.05
+            assert last["true"] > start["true"] - 0.03
 
 
 @pytest.mark.slow

@@ -282,7 +282,7 @@ def look_at(
     back = torch.cat(parts).argsort()
     return Outlook(*(torch.cat(columns)[back] for columns in zip(*found)))
 
-# %% ../../nbs/72_align.policy.ipynb #90e73324
+# %% ../../nbs/72_align.policy.ipynb #27fdd1b2
 @dataclass(frozen=True)
 class PolicyConfig:
     "All that decides the numbers of a policy's tuning."
@@ -291,10 +291,10 @@ class PolicyConfig:
     minutes: float | None = None     # ... how long
     batch: int = 64                  # Answers in a batch
     group: int = 8                   # Answers to the same prompt
-    passes: int = 2                  # Steps of the optimiser per batch; 1 for REINFORCE
+    passes: int = 4                  # Steps of the optimiser per batch; 1 for REINFORCE
     lr: float = 1e-3                 # AdamW's, falling linearly to 0
-    kl: float = 0.1                  # Coefficient of the KL, to begin with
-    kl_target: float | None = 5.0    # Nats per answer; above it the coefficient rises
+    kl: float = 0.3                  # Coefficient of the KL, to begin with
+    kl_target: float | None = 3.0    # Nats per answer; above it the coefficient rises
     clip: float = 0.2                # How far a ratio may go
     entropy: float = 0.0             # PPO's reward for uncertainty, per nat
     normalise: str = "token"         # How GRPO averages over tokens, see `average`
