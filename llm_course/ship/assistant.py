@@ -72,7 +72,7 @@ def teaching_of(
     return replace(t, method=t.method or ("grpo" if t.preferences == "world" else "dpo"))
 
 # %% ../../nbs/95_ship.assistant.ipynb #02f58047
-CHATS, ASKED, PROMPTS = 6000, 2000, 2000  # how much the story world says
+CHATS, ASKED, PROMPTS = 8000, 2000, 2000  # how much the story world says
 
 def part_rows(
     rows: list,      # Conversations, pairs, or the like
@@ -288,6 +288,7 @@ def follow_reward(
 ) -> list[dict]:          # Its history
     "Let the assistant try, and make likelier what the reward model likes."
     judge = as_reward(load_reward(run.folder / "reward.safetensors", run.device), tokenizer)
+    settings.setdefault("steps", 60)
     if t.preferences == "world":
         prompts = Talk(World(seed=0)).prompts(PROMPTS, seed=4)
     else:
