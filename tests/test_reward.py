@@ -90,7 +90,7 @@ def test_undo_takes_back_one_by_one_and_erases_nothing(tmp_path):
     path = tmp_path / "mine.jsonl"
     panel = judge_panel(Judge(PROMPTS, ANSWERS, path))
     press(panel, "left", "skip", "undo", "undo", "undo")
-    assert read_judgements(path) == [] and len(path.read_text().splitlines()) == 4
+    assert read_judgements(path) == [] and len(path.read_text(encoding="utf-8").splitlines()) == 4
     press(panel, "right")
     assert [j.choice for j in read_judgements(path)] == ["right"]
 

@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
     name: str         # How to call it
     stage: str = "base" # "base" goes on with a text; "sft" and "assistant" answer
 
-# %% ../../nbs/96_ship.build.ipynb #cee47cc9
+# %% ../../nbs/96_ship.build.ipynb #4d7a7a74
 def load_run(
     folder: str | Path | None = None, # A run; by default the models that ship
     device: str | None = None,        # Where to; by default the fastest
@@ -51,7 +51,8 @@ def load_run(
     "Open a run. Raises `FileNotFoundError` that says what is missing."
     folder = None if folder is None else Path(folder).expanduser()
     files = run_files(folder)
-    stage = stage or next(name for name in reversed(BRAINS) if files[name].exists())
+    there = [name for name in BRAINS if files[name].exists()]
+    stage = stage or (there or ["base"])[-1]
     if stage not in BRAINS:
         raise ValueError(f"stage is {stage!r}; choose from {[*BRAINS]}")
     for path in (files["tokenizer"], files[stage]):
