@@ -114,7 +114,7 @@ def measure(way: dict, seed: int) -> dict:
 
 def measure_all() -> None:
     "Every way from every seed; what is in the file already is kept."
-    old = json.loads(FILE.read_text()) if FILE.exists() else {"ways": {}}
+    old = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {"ways": {}}
     table = {name: old["ways"].get(name, []) for name in WAYS}
     for name, way in WAYS.items():
         for seed in SEEDS[len(table[name]) :]:
@@ -127,7 +127,7 @@ def measure_all() -> None:
 def repeat() -> None:
     "One run again, beside the file."
     name = "LoRA, rank 16, with stories"
-    old, new = json.loads(FILE.read_text())["ways"][name][0], measure(WAYS[name], 0)
+    old, new = json.loads(FILE.read_text(encoding="utf-8"))["ways"][name][0], measure(WAYS[name], 0)
     print(f"{name}: {new['facts']:.0%} of the facts, in the file {old['facts']:.0%}")
     print(
         json.dumps(
