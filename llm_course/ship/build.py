@@ -9,7 +9,7 @@ __all__ = ['JUDGE_BYTES', 'TEMPERATURES', 'Loaded', 'load_run', 'prompt_ids', 'c
            'build_stages', 'export_assets']
 
 # %% ../../nbs/96_ship.build.ipynb #ba2cea78
-import json, math, platform, zlib
+import math, platform, zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
