@@ -1,4 +1,4 @@
-"""Full runs for lessons 71 to 73, three seeds each, recorded in `llm_course/assets/align.json`.
+"""Full runs for lessons 74 to 77, three seeds each, recorded in `llm_course/assets/align.json`.
 
     python benchmarks/align.py                    one run of each method, checked against the bar
     python benchmarks/align.py --measure          every part anew (slow)
@@ -13,7 +13,7 @@ ship with the course. The parts:
     beta     GRPO against a reward model that was taught by annotators who like long answers and
              flattery, with
              KL coefficients from 0 up: over-optimisation, and the leash that prevents it
-    pairs, best, refusal   for lesson 73, see `preference.py`
+    pairs, best, refusal   for lesson 77, see `preference.py`
 
 A run records a column for each quantity, and `looks` at held-out prompts on the way. KL is in nats
 per answer. Each part is kept in the file as soon as it is there. The last line is JSON; `value` is
@@ -33,7 +33,7 @@ from pathlib import Path
 import preference
 import torch
 
-from llm_course.align.policy import draw_answers, evaluate_policy, true_reward, tune_policy
+from llm_course.align.rl import draw_answers, evaluate_policy, true_reward, tune_policy
 from llm_course.align.reward import (
     RewardModel,
     as_reward,
@@ -44,7 +44,7 @@ from llm_course.align.reward import (
 from llm_course.align.sft import load_assistant
 from llm_course.core import asset, atomic_write
 from llm_course.model.gpt import save_model
-from llm_course.talk import Talk, annotators
+from llm_course.world.talk import Talk, annotators
 
 FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "align.json"
 SEEDS = (0, 1, 2)

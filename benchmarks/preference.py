@@ -1,4 +1,4 @@
-"""The parts of `benchmarks/align.py` for lesson 73: runs on pairs, best of n, refusals.
+"""The parts of `benchmarks/align.py` for lesson 77: runs on pairs, best of n, refusals.
 
 python benchmarks/align.py --measure pairs best refusal
 
@@ -15,11 +15,11 @@ import time
 
 import torch
 
-from llm_course.align.policy import draw_answers
-from llm_course.align.preference import best_of_curve, best_of_n_kl, sample_pairs, tune_pairs
+from llm_course.align.rl import draw_answers
+from llm_course.align.dpo import best_of_curve, best_of_n_kl, sample_pairs, tune_pairs
 from llm_course.align.sft import fine_tune, render
 from llm_course.generate.cache import sample_batch
-from llm_course.talk import LEAKS, annotators, chat, correct, ideal, refused, says
+from llm_course.world.talk import LEAKS, annotators, chat, correct, ideal, refused, says
 
 SEEDS = (0, 1, 2)
 # method, beta, AdamW's rate, prompts, passes, pairs in a batch

@@ -28,7 +28,7 @@ from llm_course.align.reward import (
     RewardModel, collect_pairs, encode_pairs, margins, save_reward, train_reward)
 from llm_course.align.sft import load_assistant
 from llm_course.core import atomic_write, set_seed
-from llm_course.talk import Talk, best_accuracy
+from llm_course.world.talk import Talk, best_accuracy
 
 FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "reward.json"
 PROMPTS, SAMPLED, WRITTEN, HELD = 2500, 3, 4, 1500

@@ -41,7 +41,7 @@ def prepare(folder: Path, batch: int, group: int) -> None:
     from llm_course.core import asset
     from llm_course.model.block import LLAMA
     from llm_course.model.gpt import GPT, GPTConfig, save_model
-    from llm_course.talk import Talk
+    from llm_course.world.talk import Talk
     from llm_course.tokens.bpe import load_tokenizer
 
     tokenizer, _ = add_chat_tokens(load_tokenizer(asset("story.bpe")))
@@ -97,7 +97,7 @@ def llama_state(model) -> dict:
 def ours(folder: Path, steps: int, method: str, precision: str) -> list:
     "Seconds of each step."
     import torch
-    from llm_course.align.policy import PolicyConfig, PolicyTuner, tune_step
+    from llm_course.align.rl import PolicyConfig, PolicyTuner, tune_step
     from llm_course.align.sft import add_chat_tokens
     from llm_course.core import asset
     from llm_course.model.gpt import load_model

@@ -23,7 +23,7 @@ import torch
 
 from llm_course.data.batches import DocumentBatches, memory_shards
 from llm_course.model.gpt import GPT, GPTConfig, count_params, save_model
-from llm_course.talk import Talk
+from llm_course.world.talk import Talk
 from llm_course.tokens.bpe import BPETokenizer
 from llm_course.train.loop import TrainConfig, floor_excess, train
 from llm_course.world import World

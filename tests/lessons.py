@@ -42,7 +42,7 @@ def find(names: list, folder: Path = NBS) -> list:
     chosen = []
     for name in names:
         stem = Path(name).name.removesuffix(".ipynb")
-        found = [p for p in every if p.stem == stem] or [
+        found = [p for p in every if stem in (p.stem, p.stem.split("_")[0])] or [
             p for p in every if p.stem.startswith(stem)
         ]
         if len(found) != 1:

@@ -29,6 +29,7 @@ MACHINE_PATH = re.compile(
 TIMING = re.compile(
     r"\b\d+(\.\d+)? ?(ns|us|µs|ms|s|sec|secs|second|seconds|it/s|tokens/s)(?![\w'])"
 )
+NUMBERED = re.compile(r"\d\d[a-z]?_")
 RULES = []
 
 
@@ -111,8 +112,14 @@ class Lesson:
         return self.path.stem
 
     @property
-    def number(self) -> int:
-        return int(self.name[:2]) if re.match(r"\d\d_", self.name) else -1
+    def number(self) -> str:
+        "Its place in the dependency order, for example `41` or `40b`; empty for the index."
+        return self.name.split("_")[0] if NUMBERED.match(self.name) else ""
+
+    @property
+    def is_engine_room(self) -> bool:
+        "Machinery that a learner may skip: its number ends in a letter."
+        return self.number[-1:].isalpha()
 
     @property
     def module(self) -> str:
@@ -165,8 +172,8 @@ def is_named_after_its_module(lesson):
             yield f"{lesson.name} must not export anything"
         return
     found = [d for c in lesson.cells for d in c.directives if d.startswith("default_exp")]
-    expected = f"default_exp {lesson.name[3:]}"
-    if not re.fullmatch(r"\d\d_[a-z_.]+", lesson.name):
+    expected = f"default_exp {lesson.name.split('_', 1)[-1]}"
+    if not re.fullmatch(r"\d\d[a-z]?_[a-z_.]+", lesson.name):
         yield "the file must be named like 31_model.attention.ipynb"
     elif found != [expected]:
         yield f"expected exactly one '#| {expected}', found {found}"
@@ -242,7 +249,7 @@ def exports_import_lower_numbers(lesson, known):
             if name not in known:
                 yield f"cell {cell.id}: imports llm_course.{name}, which no lesson exports"
             elif known[name] >= lesson.number:
-                yield f"cell {cell.id}: imports {name}, lesson {known[name]}: not a lower number"
+                yield f"cell {cell.id}: imports {name}, {known[name]}: not a lower number"
             elif package != own and {package, own} <= layers:
                 yield f"cell {cell.id}: {own} must not import {package}: a lesson may"
 

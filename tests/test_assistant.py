@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from llm_course import cli
-from llm_course.ship.assistant import Teaching, adopt, assistant_stages, check_teaching, part_rows
-from llm_course.ship.run import STAGES, Settings
+from llm_course.pipeline.assistant import (
+    Teaching, adopt, assistant_stages, check_teaching, part_rows)
+from llm_course.pipeline.run import STAGES, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"The {a} {b} the {c}.\n" for a in ("cat", "dog", "hen", "old king")

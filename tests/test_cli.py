@@ -561,7 +561,7 @@ def excess_of(model, tokenizer, n=200):
 
 
 def shipped():
-    from llm_course.ship.build import load_run
+    from llm_course.pipeline.build import load_run
     try:
         return load_run(None, "cpu")
     except FileNotFoundError:

@@ -51,7 +51,7 @@ def test_there_are_lessons():
 
 
 def test_numbers_and_modules_are_unique():
-    numbers = [lesson.number for lesson in LESSONS if lesson.number >= 0]
+    numbers = [lesson.number for lesson in LESSONS if lesson.number]
     found = [lesson.module for lesson in LESSONS if lesson.module]
     assert len(set(numbers)) == len(numbers), f"two lessons share a number: {numbers}"
     assert len(set(found)) == len(found), f"two lessons export the same module: {found}"
@@ -180,13 +180,18 @@ def test_readme_links_exist():
     assert links and not missing, f"README.md links to {missing}; the index's links start in nbs/"
 
 
-def test_the_index_lists_each_lesson_with_its_minutes():
+HEADER = re.compile(r'lesson\(\\"([\w.]+)\\"(?:, (?:minutes=)?(\d+))?\)')
+
+
+def test_the_index_lists_each_notebook_once():
+    "Lessons with their minutes, engine rooms without."
     index = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
-    listed = dict(re.findall(r"\| \[([\w.]+)\]\(\1\.ipynb\) \|[^|]+\| (\d+) \|", index))
-    header = re.compile(r'lesson\(\\"([\w.]+)\\", (?:minutes=)?(\d+)\)')
-    said = {}
-    for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
-        found = header.search(path.read_text(encoding="utf-8"))
-        assert found and found[1] == path.stem, f'{path.name}: no lesson("{path.stem}", minutes=...)'
-        said[found[1]] = found[2]
-    assert listed == said, f"lessons say {said}, the index {listed}"
+    listed = re.findall(r"\| \[([\w.]+)\]\(\1\.ipynb\) \|(?:[^|\n]+\| (\d+) \|)?", index)
+    said = []
+    for lesson in LESSONS:
+        if lesson.number:
+            found = HEADER.search(lesson.path.read_text(encoding="utf-8"))
+            assert found and found[1] == lesson.name, f'{lesson.name}: no lesson("{lesson.name}")'
+            assert bool(found[2]) != lesson.is_engine_room, f"{lesson.name}: only lessons have minutes"
+            said.append(found.groups(default=""))
+    assert sorted(listed) == said, f"notebooks say {said}, the index {listed}"

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llm_course.evolve.many import Exchange, evolve_together, own_rows, take_part
+from llm_course.evolve.distributed import Exchange, evolve_together, own_rows, take_part
 from llm_course.evolve.population import LowRankNoise
 from llm_course.evolve.search import dense, evolve, flatten
 from llm_course.evolve.strategies import CMAES, ES, centred_ranks
@@ -37,7 +37,7 @@ WORKER = """
     import torch.distributed as dist
     from llm_course.evolve.population import population_loss
     from llm_course.evolve.search import flatten
-    from llm_course.evolve.many import Exchange, evolve_together, torchrun_store
+    from llm_course.evolve.distributed import Exchange, evolve_together, torchrun_store
     from llm_course.evolve.strategies import ES
     from llm_course.model.gpt import GPT, GPTConfig
     from llm_course.train.loop import checksum

@@ -58,7 +58,7 @@ def test_nbdev_clean_changes_nothing(copy):
 
 
 def test_nbdev_clean_would_notice(copy):
-    path = copy / "nbs" / "00_core.ipynb"
+    path = copy / "nbs" / "00a_core.ipynb"
     text = path.read_text(encoding="utf-8")
     spoilt = text.replace('"execution_count": null', '"execution_count": 7', 1)
     path.write_text(spoilt, encoding="utf-8")

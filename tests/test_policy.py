@@ -1,4 +1,4 @@
-"""Lesson 72: losses against the textbook formulas under autograd, estimators, and tuning."""
+"""Lesson 75: losses against the textbook formulas under autograd, estimators, and tuning."""
 
 import copy
 import json
@@ -11,23 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_course.align.policy import (
-    AdaptiveKL,
-    Outlook,
-    PolicyConfig,
-    PolicyTuner,
-    answer_kl,
-    average,
-    draw_answers,
-    gae,
-    group_advantages,
-    grpo_loss,
-    kl_estimates,
-    look_at,
-    ppo_loss,
-    tune_policy,
-    tune_step,
-)
+from llm_course.align.rl import (
+    AdaptiveKL, Outlook, PolicyConfig, PolicyTuner, answer_kl, average, draw_answers, gae,
+    group_advantages, grpo_loss, kl_estimates, look_at, ppo_loss, tune_policy, tune_step)
 from llm_course.align.sft import add_chat_tokens, say
 from llm_course.core import asset
 from llm_course.model.block import LLAMA

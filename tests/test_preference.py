@@ -1,4 +1,4 @@
-"""Lesson 73: losses against hand-computed values and the textbook; pairs, tuning, refusals."""
+"""Lesson 77: losses against hand-computed values and the textbook; pairs, tuning, refusals."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llm_course.align import preference as P
+from llm_course.align import dpo as P
 from llm_course.align.sft import add_chat_tokens, render, say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig

@@ -39,7 +39,7 @@ from llm_course.align.sft import add_chat_tokens, load_assistant, say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.model.block import GPT2
-from llm_course.talk import Annotator, Pair, Talk, annotators, crowd_prefers
+from llm_course.world.talk import Annotator, Pair, Talk, annotators, crowd_prefers
 from llm_course.tokens.bpe import load_tokenizer
 
 PROMPTS = ["What does Ada do?", say("Hello!", "Good day.", "And who is <b>Bob</b>?")]

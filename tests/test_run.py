@@ -131,7 +131,7 @@ def test_batch_that_can_not_be_shared_is_refused(monkeypatch):
 LIMITED = """
 import resource, sys
 from llm_course import cli
-import torch, llm_course.ship.run
+import torch, llm_course.pipeline.run
 torch.zeros(8) @ torch.zeros(8)
 pages = int(open("/proc/self/statm", encoding="ascii").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + int(sys.argv.pop(1)), -1))

@@ -7,29 +7,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_course.talk import (
-    CHAT,
-    HELD_OUT,
-    KEYS,
-    LEAKS,
-    RECIPES,
-    SAY,
-    STRANGERS,
-    TRAIN,
-    Annotator,
-    Reward,
-    Talk,
-    annotators,
-    best_accuracy,
-    chat,
-    crowd_prefers,
-    ideal,
-    judge,
-    plain,
-    refused,
-    says,
-)
-from llm_course.world import LISTS, QUESTIONS, World
+from llm_course.world.talk import (
+    CHAT, HELD_OUT, KEYS, LEAKS, RECIPES, SAY, STRANGERS, TRAIN, Annotator, Reward, Talk,
+    annotators, best_accuracy, chat, crowd_prefers, ideal, judge, plain, refused, says)
+from llm_course.world import World
+from llm_course.world.story import LISTS, QUESTIONS
 
 TALK = Talk()
 EVERY = TALK.requests() + TALK.requests("held-out")

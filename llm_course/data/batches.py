@@ -535,7 +535,7 @@ def _find_files(path: Path) -> list[Path]:
 
 def _world_texts(n: int = 20_000) -> Iterator[str]:
     "`n` stories of the story world, always the same."
-    from llm_course.world import World
+    from llm_course.world.story import World
     world = World(seed=0)
     blocks = (world.sample(500, seed=block) for block in itertools.count())
     return itertools.islice(itertools.chain.from_iterable(blocks), n)
