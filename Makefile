@@ -36,9 +36,9 @@ outputs: $(READY)
 checkpoint: $(READY)
 	$(BIN)/python benchmarks/world_floor.py --seconds 480 --seeds 1 --stories 100000 \
 	  --save llm_course/assets
-	$(BIN)/python benchmarks/sft.py --save llm_course/assets
-	$(BIN)/python benchmarks/reward.py --save llm_course/assets
-	$(BIN)/python benchmarks/align.py --save llm_course/assets
+	$(BIN)/python experiments/sft.py --save llm_course/assets
+	$(BIN)/python experiments/reward.py --save llm_course/assets
+	$(BIN)/python experiments/align.py --save llm_course/assets
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py

@@ -167,6 +167,7 @@ def test_programs_say_their_encoding():
         ROOT / "setup.py",
         *(ROOT / "tests").glob("*.py"),
         *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "experiments").glob("*.py"),
     ]
     for path in programs:
         found = rules.unencoded(ast.parse(path.read_text(encoding="utf-8")))

@@ -282,7 +282,7 @@ def test_both_errors_of_refusing_are_counted(start):
 
 @pytest.fixture(scope="module")
 def recorded() -> dict:
-    "Full runs, made by `python benchmarks/align.py --measure pairs best refusal`."
+    "Full runs, made by `python experiments/align.py --measure pairs best refusal`."
     return json.loads(asset("align.json").read_text(encoding="utf-8"))
 
 
@@ -322,7 +322,7 @@ def test_best_of_n_stays_below_its_bound(recorded):
 
 @pytest.mark.slow
 def test_a_full_run_again(recorded):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
     from align import Village
     from preference import MAIN, run
 

@@ -1,7 +1,7 @@
 """The tables behind the lesson on hyperparameters: several hundred short trainings.
 
-    python benchmarks/tune.py                      repeat a few of them, and compare
-    python benchmarks/tune.py --measure [NAME...]  measure all, or some parts, anew
+    python experiments/tune.py                      repeat a few of them, and compare
+    python experiments/tune.py --measure [NAME...]  measure all, or some parts, anew
 
 The task is the lesson's: predict the first 16 tokens of stories of the story world, one word a
 token. Each number is the loss on 500 unseen openings, in nats per token, of one small GPT trained
@@ -238,7 +238,7 @@ def main() -> None:
         start = time.time()
         tables[name] = PARTS[name]()
         tables["made"] = {
-            "command": "python benchmarks/tune.py --measure",
+            "command": "python experiments/tune.py --measure",
             "date": datetime.date.today().isoformat(),
             "torch": torch.__version__,
             "machine": platform.machine(),

@@ -1,8 +1,8 @@
 """Seven ways to train the same small language models, on equal terms.
 
-    python benchmarks/race.py [--seeds 0 1 2 3 4] [--tokens 2000000] [--seconds 2]
+    python experiments/race.py [--seeds 0 1 2 3 4] [--tokens 2000000] [--seconds 2]
         [--widths 8 16 32] [--methods NAME...] [--json FILE]
-    python benchmarks/race.py --shapes [--seeds 0 1 2 3 4] [--trainings 48] [--seconds 0.3]
+    python experiments/race.py --shapes [--seeds 0 1 2 3 4] [--trainings 48] [--seconds 0.3]
 
 Random search, hill climbing, a genetic algorithm, an evolution strategy, CMA-ES (its diagonal
 form), SGD and Adam train one-layer models of three sizes on the characters of the story world.
@@ -259,7 +259,7 @@ def race_shapes(args) -> None:
         facts = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
         seeds = " ".join(map(str, args.seeds))
         command = (
-            f"python benchmarks/race.py --shapes --seeds {seeds} --trainings "
+            f"python experiments/race.py --shapes --seeds {seeds} --trainings "
             f"{args.trainings} --seconds {args.seconds:g}"
         )
         facts["shapes"] = {"made": made_by(command), "seconds": args.seconds, "results": found}
@@ -290,7 +290,7 @@ def write(args, found: list) -> None:
     results = [rows[key] for key in sorted(rows, key=lambda k: (k[0], list(STEPS).index(k[1])))]
     seeds = " ".join(map(str, args.seeds))
     command = (
-        f"python benchmarks/race.py --seeds {seeds} --tokens {args.tokens} "
+        f"python experiments/race.py --seeds {seeds} --tokens {args.tokens} "
         f"--seconds {args.seconds:g}"
     )
     facts |= {"made": made_by(command), "tokens": args.tokens, "seconds": args.seconds}

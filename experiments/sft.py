@@ -1,8 +1,8 @@
 """The assistant that ships, and the table behind the lesson on supervised fine-tuning.
 
-    python benchmarks/sft.py                            repeat one run of the table, and compare
-    python benchmarks/sft.py --measure                  measure what the file lacks (ten minutes)
-    python benchmarks/sft.py --save llm_course/assets   train the assistant (a minute or two)
+    python experiments/sft.py                            repeat one run of the table, and compare
+    python experiments/sft.py --measure                  measure what the file lacks (ten minutes)
+    python experiments/sft.py --save llm_course/assets   train the assistant (a minute or two)
 
 The table: the base model learns from the same 6,000 conversations, seen twice, in five ways, from
 three seeds each. Measured on phrasings that nobody trained on, always with the likeliest token:

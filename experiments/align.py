@@ -1,9 +1,9 @@
 """Full runs for lessons 74 to 77, three seeds each, recorded in `llm_course/assets/align.json`.
 
-    python benchmarks/align.py                    one run of each method, checked against the bar
-    python benchmarks/align.py --measure          every part anew (slow)
-    python benchmarks/align.py --measure beta     one part
-    python benchmarks/align.py --save llm_course/assets    the assistant that ships, by GRPO
+    python experiments/align.py                    one run of each method, checked against the bar
+    python experiments/align.py --measure          every part anew (slow)
+    python experiments/align.py --measure beta     one part
+    python experiments/align.py --save llm_course/assets    the assistant that ships, by GRPO
 
 The lessons draw the recorded runs. All of them start from the assistant and the reward model that
 ship with the course. The parts:
@@ -196,7 +196,7 @@ def main() -> None:
         tables = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         tables[name] = found
         tables["made"] = {
-            "command": "python benchmarks/align.py --measure",
+            "command": "python experiments/align.py --measure",
             "date": datetime.date.today().isoformat(),
             "torch": torch.__version__,
             "machine": platform.machine(),

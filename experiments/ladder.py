@@ -1,6 +1,6 @@
 """The ladder: from the classic recipe to the course's, one change at a time.
 
-    python benchmarks/ladder.py [--search] [--time] [--others] [--rung NAME]
+    python experiments/ladder.py [--search] [--time] [--others] [--rung NAME]
 
 The task is Tiny Shakespeare by characters, in windows of 64. The first rung is the recipe that a
 whole generation learned on a laptop (see shakespeare.py), written with the course's own parts; the
@@ -360,7 +360,7 @@ def collect(args, log: Log) -> dict:
             if set(SEEDS) <= set(losses):
                 row = {"name": name, "steps": steps, "losses": [losses[s] for s in SEEDS]}
                 longer.append(row)
-    command = "python benchmarks/ladder.py"
+    command = "python experiments/ladder.py"
     about = {"target": TARGET, "seeds": list(SEEDS), "machine": args.machine,
              "torch": torch.__version__, "date": str(datetime.date.today()),
              "threads": args.threads, "clock": args.clock,

@@ -1,8 +1,8 @@
 """The reward model that ships, and how many comparisons one needs.
 
-    python benchmarks/reward.py                            train it, and measure it
-    python benchmarks/reward.py --save llm_course/assets   the same, and keep it
-    python benchmarks/reward.py --measure                  the recorded curve anew (ten minutes)
+    python experiments/reward.py                            train it, and measure it
+    python experiments/reward.py --save llm_course/assets   the same, and keep it
+    python experiments/reward.py --measure                  the recorded curve anew (ten minutes)
 
 A crowd of 20 simulated people compares answers of the assistant that ships and of hired writers.
 The model is measured on comparisons of writers' answers, and on comparisons of the assistant's own

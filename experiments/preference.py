@@ -1,6 +1,6 @@
-"""The parts of `benchmarks/align.py` for lesson 77: runs on pairs, best of n, refusals.
+"""The parts of `experiments/align.py` for lesson 77: runs on pairs, best of n, refusals.
 
-python benchmarks/align.py --measure pairs best refusal
+python experiments/align.py --measure pairs best refusal
 
 pairs    DPO, three seeds, on comparisons of the assistant's own and of writers' answers by the
          village's crowd; on half as many, once each: other betas, IPO, SimPO and ORPO
