@@ -19,9 +19,14 @@ DIRECTIVES = re.compile(
     r"|default_exp [a-z_.]+)"
 )
 LOOKS_LIKE_DIRECTIVE = re.compile(r"\s*#\s*\|")
-EXPORTS_NOTHING = {"index", "99_capstone"}
+EXPORTS_NOTHING = {"index", "00_start", "99_capstone"}
 CODE_LINES, EXPORTED_LINES, FUNCTION_LINES, WIDTH = 30, 25, 30, 100
-PICTURES, KILOBYTES, ASSERTING_SHARE = 4, 150, 0.2
+PICTURES, ASSERTING_SHARE = 4, 0.2
+ROAD = {"code lines": 450, "code cells": 60, "words": 2000, "KB": 120, "public names": 20}
+ENGINE_ROOM = {"code lines": 700, "KB": 120, "public names": 20}
+MINUTES = (10, 60)
+# Notebooks over a limit, each with its reason: {name: {what: most}}. At most five; it may only shrink.
+EXCEPTIONS = {}
 TEST_CALL = re.compile(r"test_\w+|check|assert_\w+")
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/])(/(home|root|Users|tmp|work|workspace|mnt|private)/|[A-Z]:\\\w)"
@@ -92,6 +97,17 @@ class Cell:
         return self.kind == "code" and not self.skipped and bool(asserts)
 
 
+def is_patch(node: ast.AST) -> bool:
+    "Is this function a method that `patch` adds to a class?"
+    decorators = getattr(node, "decorator_list", [])
+    return any(getattr(getattr(d, "func", d), "id", "") == "patch" for d in decorators)
+
+
+def is_new_name(node: ast.AST) -> bool:
+    "Does an assignment make this name? Not so for `a.b = ...` and `a[b] = ...`."
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
 @dataclass
 class Lesson:
     "A notebook, read as text."
@@ -135,14 +151,41 @@ class Lesson:
     def exported(self) -> list:
         return [cell for cell in self.cells if cell.exported]
 
+    def definitions(self) -> list:
+        "The functions and classes that it exports; methods that `patch` adds are not among them."
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        nodes = [node for cell in self.exported for node in cell.tree.body]
+        return [node for node in nodes if isinstance(node, kinds) and not is_patch(node)]
+
     def public(self) -> list:
-        "The exported functions and classes whose names do not start with an underscore."
-        return [
-            node
-            for cell in self.exported
-            for node in cell.tree.body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-        ]
+        "Its functions and classes whose names do not start with an underscore."
+        return [node for node in self.definitions() if not node.name.startswith("_")]
+
+    def public_names(self) -> list:
+        "What `__all__` holds: functions, classes and constants."
+        names = [node.name for node in self.definitions()]
+        for cell in self.exported:
+            for node in cell.tree.body:
+                if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    names += [n.id for t in targets for n in ast.walk(t) if is_new_name(n)]
+        return sorted({name for name in names if not name.startswith("_")})
+
+    def sizes(self) -> dict:
+        "What the limits count."
+        text = [cell.source for cell in self.cells if cell.kind == "markdown"]
+        return {
+            "code lines": sum(
+                1
+                for cell in self.code_cells
+                for line in cell.source.splitlines()
+                if line.strip() and not LOOKS_LIKE_DIRECTIVE.match(line)
+            ),
+            "code cells": len(self.code_cells),
+            "words": sum(len(t.split()) for t in text),
+            "KB": round(self.path.stat().st_size / 1024),
+            "public names": len(self.public_names()),
+        }
 
 
 def lessons(folder: Path = ROOT / "nbs") -> list:
@@ -167,7 +210,7 @@ def opens_with_title_and_sentence(lesson):
 
 @rule
 def is_named_after_its_module(lesson):
-    if lesson.name in EXPORTS_NOTHING:
+    if lesson.name in EXPORTS_NOTHING or not lesson.module:
         if lesson.exported:
             yield f"{lesson.name} must not export anything"
         return
@@ -192,6 +235,46 @@ def header_names_the_lesson(lesson):
     wrong = [ast.unparse(call) for call in calls if ast.unparse(call.args[0]) != repr(lesson.name)]
     if wrong:
         yield f"the header must name this lesson, {lesson.name!r}: {wrong}"
+
+
+@rule
+def engine_room_says_when_to_come_back(lesson):
+    if lesson.is_engine_room:
+        text = lesson.cells[2].source if len(lesson.cells) > 2 else ""
+        if not re.match(r"\*\*Engine room\.\*\* You may skip this notebook; come back when", text):
+            yield "the third cell must begin '**Engine room.** You may skip this notebook; come back when'"
+
+
+@rule
+def minutes_are_one_sitting(lesson):
+    calls = [n for c in lesson.code_cells for n in c.nodes(ast.Call)]
+    calls = [n for n in calls if getattr(n.func, "id", "") == "lesson" and not lesson.is_engine_room]
+    for call in calls:
+        given = [*call.args[1:], *(k.value for k in call.keywords)]
+        minutes = given[0].value if given and isinstance(given[0], ast.Constant) else 0
+        if not MINUTES[0] <= minutes <= MINUTES[1]:
+            yield f"{minutes} minutes; a lesson takes {MINUTES[0]} to {MINUTES[1]}"
+
+
+EXERCISE = re.compile(r"\*\*\d\. [^*]+\*\* \(\d+ minutes, (easy|medium|hard)\)")
+
+
+@rule
+def ends_like_every_lesson(lesson):
+    heads = [c.source.splitlines()[0] for c in lesson.cells if c.kind == "markdown" and c.source]
+    if lesson.number and not lesson.is_engine_room and "## What you have now" not in heads:
+        yield "a lesson ends with '## What you have now'"
+    for head in heads:
+        if re.match(r"\*\*\d+\.", head) and not EXERCISE.match(head):
+            yield f"an exercise is headed '**1. Title.** (5 minutes, easy) ...': {head[:50]!r}"
+
+
+@rule
+def statements_do_something(lesson):
+    for cell in lesson.code_cells:
+        for node in cell.nodes(ast.Expr):
+            if isinstance(node.value, ast.IfExp) and not cell.outputs:
+                yield f"cell {cell.id}: `x if y else z` as a statement: write `if`"
 
 
 # --- Directives and imports ---------------------------------------------------------------------
@@ -254,6 +337,15 @@ def exports_import_lower_numbers(lesson, known):
                 yield f"cell {cell.id}: {own} must not import {package}: a lesson may"
 
 
+@rule
+def imports_no_private_names(lesson):
+    for cell in lesson.exported:
+        for node in cell.nodes(ast.ImportFrom):
+            private = [a.name for a in node.names if a.name.startswith("_")]
+            if private and (node.module or "").startswith("llm_course"):
+                yield f"cell {cell.id}: {private} of {node.module} are private"
+
+
 # --- Sizes --------------------------------------------------------------------------------------
 
 
@@ -283,11 +375,17 @@ def lines_are_narrow(lesson):
                 yield f"cell {cell.id}: {len(line)} columns, at most {WIDTH}: {line.strip()[:40]}"
 
 
+def over(lesson) -> dict:
+    "What of a notebook is over its limit, whatever the exceptions say."
+    limits = ENGINE_ROOM if lesson.is_engine_room else ROAD if lesson.number else {"KB": 120}
+    return {what: n for what, n in lesson.sizes().items() if n > limits.get(what, n)}
+
+
 @rule
-def file_is_small(lesson):
-    size = lesson.path.stat().st_size / 1024
-    if size > KILOBYTES:
-        yield f"the file has {size:.0f} KB, at most {KILOBYTES}; fewer or smaller pictures?"
+def fits_its_kind(lesson):
+    for what, n in over(lesson).items():
+        if n > EXCEPTIONS.get(lesson.name, {}).get(what, 0):
+            yield f"{n} {what}: move machinery to an engine room, or split off the second idea"
 
 
 @rule

@@ -181,6 +181,52 @@ def test_readme_links_exist():
     assert links and not missing, f"README.md links to {missing}; the index's links start in nbs/"
 
 
+def test_exceptions_shrink():
+    known = {lesson.name: lesson for lesson in LESSONS}
+    assert len(rules.EXCEPTIONS) <= 5
+    for name, most in rules.EXCEPTIONS.items():
+        needed = rules.over(known[name])
+        assert most == needed, f"{name}: its exceptions are {most}, it needs {needed}"
+
+
+def test_no_public_name_twice():
+    homes = {}
+    for lesson in LESSONS:
+        for name in lesson.public_names():
+            homes.setdefault(name, []).append(lesson.module)
+    twice = {name: found for name, found in homes.items() if len(found) > 1}
+    assert not twice, f"the same public name in two modules: {twice}"
+
+
+NAMED = re.compile(r"\b\d\d[a-z]?_[a-z]+(?:\.[a-z_]+)?\b")
+NUMBERS = re.compile(r"\b[Ll]essons? `?(\d\d[a-z]?)\b(?!_)((?:(?:,| and| to| or|, and) \d\d[a-z]?\b(?!_))*)")
+
+
+def missing_lessons(text: str) -> set:
+    "Lessons that a text names, by name or by number, and that do not exist."
+    names = {lesson.name for lesson in LESSONS}
+    numbers = {lesson.number for lesson in LESSONS}
+    found = {n.removesuffix(".ipynb").removesuffix(".py") for n in NAMED.findall(text)} - names
+    for first, rest in NUMBERS.findall(text):
+        found |= set(re.findall(r"\d\d[a-z]?", first + rest)) - numbers
+    return found
+
+
+def test_every_lesson_that_is_named_exists():
+    texts = {lesson.name: "\n".join(c.source for c in lesson.cells) for lesson in LESSONS}
+    texts |= {
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+        for path in text_files()
+        if path.suffix in (".md", ".yml", ".ini") or path.parent.name in ("benchmarks", "experiments")
+    }
+    wrong = {name: found for name, text in texts.items() if (found := missing_lessons(text))}
+    assert not wrong, f"these lessons do not exist: {wrong}"
+
+
+def test_missing_lessons_are_found():
+    assert missing_lessons("see lessons 31 and 38, and `41_train.loops`") == {"38", "41_train.loops"}
+
+
 HEADER = re.compile(r'lesson\(\\"([\w.]+)\\"(?:, (?:minutes=)?(\d+))?\)')
 
 

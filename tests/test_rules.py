@@ -12,7 +12,7 @@ GOOD = [
     ("markdown", "Why would anybody double a number?"),
     ("code", "#| export\nimport math\nfrom llm_course.core import set_seed"),
     ("code", "from fastcore.test import test_eq\nfrom llm_course.core import lesson"),
-    ("code", 'lesson("31_model.double", minutes=5)'),
+    ("code", 'lesson("31_model.double", minutes=30)'),
     (
         "code",
         "#| export\ndef double(\n    x: float, # Any number\n) -> float:  # Twice that\n"
@@ -27,6 +27,17 @@ GOOD = [
         "    def __call__(self, x):\n        return x * 2 ** self.times",
     ),
     ("code", "assert Doubler(2)(1) == 4"),
+    ("markdown", "**1. Half.** (5 minutes, easy) Take half of a number."),
+    ("markdown", "## What you have now\n\n`double`."),
+    ("code", "test_eq(Doubler(1)(2), 4)"),
+]
+ROOM = [
+    GOOD[0],
+    GOOD[1],
+    ("markdown", "**Engine room.** You may skip this notebook; come back when you double a lot."),
+    *GOOD[3:5],
+    ("code", 'lesson("31b_model.double")'),
+    *GOOD[6:],
 ]
 
 
@@ -79,7 +90,18 @@ MUTANTS = [
     ("cells_are_short", added("#| export\n" + "x = 1\n" * 26)),
     ("functions_are_short", added("def f():\n" + "    x = 1\n\n" * 15 + "    return x")),
     ("lines_are_narrow", added("x = " + "1 + " * 30 + "1")),
-    ("file_is_small", shown("text/plain", "a" * 160_000)),
+    ("fits_its_kind", shown("text/plain", "a" * 160_000)),
+    ("fits_its_kind", {"cells": [*GOOD, *[("code", "x = 1\n" * 30)] * 15]}),
+    ("fits_its_kind", {"cells": [*GOOD, *[("code", "x = 1")] * 53]}),
+    ("fits_its_kind", added("word " * 2000, "markdown")),
+    ("fits_its_kind", added("#| export\n" + "".join(f"X{i} = Y{i}, _z = 1, 2\n" for i in range(10)))),
+    ("engine_room_says_when_to_come_back", {"cells": GOOD, "name": "31b_model.double"}),
+    ("minutes_are_one_sitting", replaced("minutes=30", "minutes=75")),
+    ("minutes_are_one_sitting", replaced(", minutes=30", "")),
+    ("ends_like_every_lesson", replaced("## What you have now", "## Summary")),
+    ("ends_like_every_lesson", replaced(" (5 minutes, easy)", "")),
+    ("statements_do_something", added("test_eq(1, 1) if GOOD else None")),
+    ("imports_no_private_names", replaced("import set_seed", "import _probe")),
     ("pictures_are_few", shown("text/html", '<img src="data:image/png;base64,a"/>' * 5)),
     ("public_names_are_documented", replaced('    "Twice as much."\n', "")),
     ("public_names_are_documented", replaced("    x: float, # Any number\n", "    x: float,\n")),
@@ -114,6 +136,17 @@ def find(name):
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
 def test_a_good_lesson_passes(rule, tmp_path):
     assert list(rule(write(tmp_path, GOOD))) == []
+    assert list(rule(write(tmp_path, ROOM, "31b_model.double"))) == []
+
+
+def test_what_counts_as_public(tmp_path):
+    cells = [
+        "#| export\nA, _b = 1, 2\nc.d = 3\nE: int = 4\nf[0] = 5",
+        "#| exports\nclass G:\n    pass\n\n@patch\ndef h(self: G): pass\n\ndef _i(): pass",
+        "j = 6",
+    ]
+    lesson = write(tmp_path, [*GOOD, *(("code", source) for source in cells)])
+    assert lesson.public_names() == ["A", "Doubler", "E", "G", "double"]
 
 
 @pytest.mark.parametrize(
