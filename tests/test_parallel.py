@@ -15,7 +15,8 @@ import torch.distributed as dist
 from llm_course.data.batches import DocumentBatches, RandomWindows, memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import CharTokenizer
-from llm_course.train.loop import TrainConfig, checkpoints, rank, read_checkpoint, train
+from llm_course.train.loop import TrainConfig, checkpoints, read_checkpoint, train
+from llm_course.train.ranks import rank
 
 TEXTS = [f"The {a} fox jumps over the {b} dog. " * 3 for a in ("quick", "red") for b in "abcdefgh"]
 STEPS = 12

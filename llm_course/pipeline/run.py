@@ -24,7 +24,7 @@ from ..data.batches import (
     HEADER, Shards, boundaries, held_out, read_texts, write_shards)
 from .report import short
 from ..tokens.bpe import BPETokenizer, CharTokenizer, load_tokenizer, read_ranks
-from ..train.loop import lost_process, rank
+from ..train.ranks import lost_process, rank
 from ..train.parallel import join_group
 from ..train.plan import (
     Machine, Preset, Quiet, Reporter, change, describe_plan, dial_preset, first_does, make_plan,

@@ -27,9 +27,10 @@ from ..core import atomic_write, set_seed
 from ..data.batches import DocumentBatches, RandomWindows, Shards, boundaries, one_pass
 from ..model.block import GPT2, LLAMA, Style
 from ..model.gpt import GPT, GPTConfig, count_params, save_model
-from .loop import (
-    BEST, Progress, TrainConfig, Trainer, count_targets, from_first, part_of, pick_precision, rank,
-    read_checkpoint, train, train_step, world_size)
+from llm_course.train.loop import (
+    BEST, Progress, TrainConfig, Trainer, count_targets, part_of, pick_precision, read_checkpoint,
+    train, train_step)
+from .ranks import from_first, rank, world_size
 from .parallel import distribute
 from .scale import (
     MemoryNeed, maybe_compile, memory_need, memory_used, mfu, recompute_blocks)
