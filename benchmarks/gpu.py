@@ -41,7 +41,9 @@ try:
     import torch
 
     from llm_course.core import parity, set_seed
-    from llm_course.data.batches import RandomWindows, memory_shards, read_texts
+    from llm_course.data.batches import RandomWindows
+    from llm_course.data.files import read_texts
+    from llm_course.data.shards import memory_shards
     from llm_course.model.block import COURSE, GPT2
     from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
     from llm_course.tokens.bpe import BPETokenizer, read_gpt2_ranks

@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm_course.data.batches import DocumentBatches, RandomWindows, memory_shards, one_pass
+from llm_course.data.batches import DocumentBatches, RandomWindows, one_pass
+from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import CharTokenizer
 from llm_course.train.loop import TrainConfig, evaluate, train

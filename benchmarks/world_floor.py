@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from llm_course.data.batches import DocumentBatches, memory_shards
+from llm_course.data.batches import DocumentBatches
+from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig, count_params, save_model
 from llm_course.world.talk import Talk
 from llm_course.tokens.bpe import BPETokenizer

@@ -40,7 +40,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from llm_course.data.batches import DocumentBatches, RandomWindows, memory_shards, one_pass
+from llm_course.data.batches import DocumentBatches, RandomWindows, one_pass
+from llm_course.data.shards import memory_shards
 from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import CharTokenizer

@@ -479,7 +479,7 @@ def test_train_may_choose_sizes_anew_until_there_is_a_plan(text):
 
 
 def test_train_takes_ready_shards_with_the_tokenizer_beside_them(text, trained):
-    from llm_course.data.batches import write_shards
+    from llm_course.data.shards import write_shards
     from llm_course.tokens.bpe import BPETokenizer
     tokenizer = BPETokenizer.train([TEXT], 300)
     write_shards([TEXT] * 3, tokenizer, text.parent / "shards")

@@ -1,4 +1,4 @@
-"What lesson 21 can't hold: kills, big files, foreign files, the network, and many random inputs."
+"What lesson 23 and its engine rooms can't hold: kills, big files, foreign files, the network, and many random inputs."
 import json
 import os
 import signal
@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_course.data import batches as data
-from llm_course.data.batches import (DocumentBatches, RandomWindows, Shards, dataset_texts,
-                                     held_out, memory_shards, one_pass, read_texts, write_shards)
+from llm_course.data import files, shards as data
+from llm_course.data.batches import DocumentBatches, RandomWindows, held_out, one_pass
+from llm_course.data.files import dataset_texts, read_texts
+from llm_course.data.shards import Shards, memory_shards, write_shards
 from llm_course.tokens.bpe import BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
 
 
@@ -48,7 +49,7 @@ def test_shards_hold_what_was_written(tmp_path_factory, lengths, shard_tokens, w
     texts = documents(*lengths)
     shards = write_shards(texts, tokenizer, folder, shard_tokens=shard_tokens)
     read = [a[i + 1:j].tolist() for a in Shards(folder, check=True).arrays
-            for edges in [data.boundaries(a, 0)] for i, j in zip(edges, edges[1:])]
+            for edges in [data.document_boundaries(a, 0)] for i, j in zip(edges, edges[1:])]
     assert read == [tokenizer.encode(text) for text in texts]
     assert shards.header["documents"] == len(texts)
     assert all(a.dtype.itemsize == (4 if wide else 2) for a in shards.arrays)
@@ -58,7 +59,7 @@ def test_shards_hold_what_was_written(tmp_path_factory, lengths, shard_tokens, w
 WRITER = """
 import os, sys
 from pathlib import Path
-from llm_course.data.batches import write_shards
+from llm_course.data.shards import write_shards
 class Numbers:
     end_id, vocab_size = 0, 100
     encode = staticmethod(lambda text: [int(word) for word in text.split()])
@@ -316,7 +317,7 @@ def test_a_long_file_is_cut_after_a_line(tmp_path):
     text = "a line of text\n" * 100 + "x" * 500
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     with open(tmp_path / "a.txt", encoding="utf-8") as file:
-        parts = list(data._text_documents(file, longest=200))
+        parts = list(files._text_documents(file, longest=200))
     assert "".join(parts) == text and len(parts) > 5
     assert all(len(part) < 400 for part in parts) and parts[0].endswith("\n")
 
@@ -334,12 +335,12 @@ def test_folders_are_read_in_order_and_below(tmp_path):
     ("a.txt", b"", "is empty"),
     ("a.jsonl", b"\n\n", "is empty"),
     ("a.csv", b"text\n", "is empty"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "b"', r"a\.jsonl:2: not valid JSON"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"', r"a\.jsonl, line 2: this is no JSON"),
     ("a.jsonl", b'["a"]\n', "expected an object"),
     ("a.jsonl", b'{"story": "a", "id": 1}\n', "no column 'text'; there are 'story', 'id'"),
     ("a.jsonl", b'{"text": 3}\n', "holds int, not text"),
     ("a.csv", b"id,story\n1,a\n", "no column 'text'; there are 'id', 'story'"),
-    ("a.csv", b'id,text\n1,"open\n', r"a\.csv:\d: not valid CSV"),
+    ("a.csv", b'id,text\n1,"open\n', r"a\.csv, line \d: not valid CSV"),
     ("a.parquet", b"PAR1 not really", "not a parquet file"),
     ("a.parquet", b"", "not a parquet file"),
     ("a.txt", "caf\u00e9".encode("latin-1"), r"byte 3 .*cp1252"),
@@ -416,7 +417,7 @@ def test_a_dataset_is_streamed(monkeypatch):
         asked.append((arguments, options))
         return ({"story": f"number {i}", "id": i} for i in range(10**9))
     fake_datasets(monkeypatch, load)
-    monkeypatch.setattr(data, "is_online", lambda: True)
+    monkeypatch.setattr(files, "is_online", lambda: True)
     texts = read_texts("owner/name:small", column="story", split="validation", limit=2)
     assert list(texts) == ["number 0", "number 1"]
     assert asked == [(("owner/name", "small"), {"split": "validation", "streaming": True})]
@@ -432,7 +433,7 @@ def stories_after(capsys, message):
 
 
 def test_without_network_there_are_stories(monkeypatch, capsys):
-    monkeypatch.setattr(data, "is_online", lambda: False)
+    monkeypatch.setattr(files, "is_online", lambda: False)
     monkeypatch.setitem(sys.modules, "datasets", None)  # not even imported
     start = time.time()
     stories_after(capsys, "owner/name can't be reached (no network)")
@@ -443,7 +444,7 @@ def test_a_lost_connection_gives_stories(monkeypatch, capsys):
     def load(*arguments, **options):
         raise ConnectionError("reset by peer\nand more")
     fake_datasets(monkeypatch, load)
-    monkeypatch.setattr(data, "is_online", lambda: True)
+    monkeypatch.setattr(files, "is_online", lambda: True)
     stories_after(capsys, "(reset by peer)")
 
 
@@ -452,13 +453,13 @@ def test_a_wrong_name_is_an_error_not_a_story(monkeypatch, error):
     def load(*arguments, **options):
         raise error
     fake_datasets(monkeypatch, load)
-    monkeypatch.setattr(data, "is_online", lambda: True)
+    monkeypatch.setattr(files, "is_online", lambda: True)
     with pytest.raises(ValueError, match=f"'owner/nmae' can't be opened: {error}"):
         read_texts("owner/nmae")
 
 
 def test_an_empty_dataset_is_an_error(monkeypatch):
     fake_datasets(monkeypatch, lambda *arguments, **options: iter([]))
-    monkeypatch.setattr(data, "is_online", lambda: True)
+    monkeypatch.setattr(files, "is_online", lambda: True)
     with pytest.raises(ValueError, match="is empty"):
         list(read_texts("owner/name"))

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llm_course.core import asset
-from llm_course.data.batches import RandomWindows, memory_shards
+from llm_course.data.batches import RandomWindows
+from llm_course.data.shards import memory_shards
 from llm_course.model.block import COURSE
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import CharTokenizer

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llm_course.data.batches import DocumentBatches, RandomWindows, memory_shards
+from llm_course.data.batches import DocumentBatches, RandomWindows
+from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import CharTokenizer
 from llm_course.train.loop import TrainConfig, checkpoints, read_checkpoint, train

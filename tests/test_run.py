@@ -157,7 +157,7 @@ def test_out_of_memory_names_the_number_to_halve_and_the_smaller_batch_goes_on(t
 def test_more_than_there_is_warns_before_the_start(monkeypatch):
     import torch
 
-    from llm_course.data.batches import Shards
+    from llm_course.data.shards import Shards
     from llm_course.train import plan
     row = torch.randint(0, 50, (5000,)).numpy().astype("<u2")
     shards = Shards(None, {"end_id": 0, "vocab_size": 50}, [row])

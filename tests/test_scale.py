@@ -16,7 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm_course.core import set_seed
-from llm_course.data.batches import RandomWindows, memory_shards
+from llm_course.data.batches import RandomWindows
+from llm_course.data.shards import memory_shards
 from llm_course.model.attention import attend, mask_bias
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.gpt import GPT, GPTConfig, flops_per_token, load_model, save_model

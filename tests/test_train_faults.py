@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llm_course.data.batches import RandomWindows, memory_shards
+from llm_course.data.batches import RandomWindows
+from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import CharTokenizer
 from llm_course.train.loop import (

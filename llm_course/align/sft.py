@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..core import asset, need
-from ..data.batches import DocumentBatches, Shards, one_pass
+from ..data.batches import DocumentBatches, one_pass
+from ..data.shards import Shards
 from ..generate.cache import sample_batch
 from ..model.gpt import GPT, load_model
 from ..tokens.bpe import END, Page, Tokenizer, load_tokenizer

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 import llm_course
 from ..align.sft import add_chat_tokens, recent, render
 from ..core import atomic_write, pick_device
-from ..data.batches import DocumentBatches, memory_shards, one_pass, read_texts
+from ..data.batches import DocumentBatches, one_pass
+from ..data.files import read_texts
+from ..data.shards import memory_shards
 from ..generate.cache import sample_batch, stream
 from ..model.gpt import GPT, load_model, save_model
 from .report import (

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 import torch
 from ..core import atomic_write, is_online, locked
-from ..data.batches import (
-    HEADER, Shards, boundaries, held_out, read_texts, write_shards)
+from ..data.batches import held_out
+from ..data.shards import SHARDS_HEADER
+from ..data.files import read_texts
+from ..data.shards import Shards, document_boundaries, write_shards
 from .report import short
 from ..tokens.bpe import BPETokenizer, CharTokenizer, load_tokenizer, read_ranks
 from ..train.ranks import lost_process, rank
@@ -260,7 +262,7 @@ def is_shards(
 ) -> bool:     # Is it a folder that `write_shards` made, or holds one called train?
     "Are these tokens already?"
     path = Path(data).expanduser()
-    return (path / HEADER).is_file() or (path / "train" / HEADER).is_file()
+    return (path / SHARDS_HEADER).is_file() or (path / "train" / SHARDS_HEADER).is_file()
 
 # %% ../../nbs/95b_pipeline.run.ipynb #176177fd
 def real_source(
@@ -442,9 +444,9 @@ def open_parts(
 ) -> tuple[Shards, Shards]: # To train on, and held back
     "Open both parts of a text in tokens."
     train, valid = (Path(folder) / part for part in PARTS)
-    if (valid / HEADER).is_file():
+    if (valid / SHARDS_HEADER).is_file():
         return Shards(train), Shards(valid)
-    shards = Shards(train if (train / HEADER).is_file() else folder)
+    shards = Shards(train if (train / SHARDS_HEADER).is_file() else folder)
     return shards.split(min(0.1, 1e7 / shards.n_tokens))
 
 def token_parts(
@@ -461,7 +463,7 @@ def stored_texts(
 ) -> Iterator[str]: # Documents
     "Read documents back from their tokens."
     for array in shards.arrays:
-        ends = boundaries(array, shards.end_id)
+        ends = document_boundaries(array, shards.end_id)
         for first, last in zip(ends[:-1], ends[1:]):
             if last - first > 1:
                 yield tokenizer.decode(array[first + 1:last])

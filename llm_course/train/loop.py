@@ -27,7 +27,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from ..core import (
     atomic_write, fenced, locked, pick_dtype, random_state, set_random_state)
-from ..data.batches import DocumentBatches, memory_shards, one_pass
+from ..data.batches import DocumentBatches, one_pass
+from ..data.shards import memory_shards
 from .optim import (
     SCHEDULES, OptimizerGroup, adamw_optimizer, clip_grad_norm, course_optimizer, like, whole)
 from .ranks import (

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from ..core import atomic_write, set_seed
-from ..data.batches import DocumentBatches, RandomWindows, Shards, boundaries, one_pass
+from ..data.batches import DocumentBatches, RandomWindows, one_pass
+from ..data.shards import Shards, document_boundaries
 from ..model.block import GPT2, LLAMA, Style
 from ..model.gpt import GPT, GPTConfig, count_params, save_model
 from llm_course.train.loop import (
@@ -116,7 +117,7 @@ def document_lengths(
     "How long the documents are, in tokens; of a long text, the first ones."
     lengths, seen = [], 0
     for array in shards.arrays:
-        lengths.append(np.diff(boundaries(array[:LOOKED_AT], shards.end_id)))
+        lengths.append(np.diff(document_boundaries(array[:LOOKED_AT], shards.end_id)))
         seen += len(array)
         if seen >= LOOKED_AT:
             break
