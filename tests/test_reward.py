@@ -35,7 +35,8 @@ from llm_course.align.reward import (
     token_rewards,
     train_reward,
 )
-from llm_course.align.sft import add_chat_tokens, load_assistant, say
+from llm_course.align.sft import add_chat_tokens, load_assistant
+from llm_course.world.talk import say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.model.block import GPT2

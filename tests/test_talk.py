@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llm_course.world.talk import (
     CHAT, HELD_OUT, KEYS, LEAKS, RECIPES, SAY, STRANGERS, TRAIN, Annotator, Reward, Talk,
-    annotators, best_accuracy, chat, crowd_prefers, ideal, judge, plain, refused, says)
+    annotators, best_accuracy, crowd_prefers, ideal, judge, plain, refused, say, says)
 from llm_course.world import World
 from llm_course.world.story import LISTS, QUESTIONS
 
@@ -141,10 +141,10 @@ def test_every_follow_up_is_understood():
     for split in ("train", "held-out"):
         for messages in TALK.prompts(600, seed=4, split=split):
             assert TALK.read(messages) is not None
-    first = chat("What pet does Ada have?", "A cat.")
+    first = say("What pet does Ada have?", "A cat.")
     for relation, template in TALK.follow["train"] + TALK.follow["held-out"]:
         text = template.format(a="Felix", **TALK.facts["Ada"])
-        request = TALK.read(first + chat(text))
+        request = TALK.read(first + say(text))
         assert request.answer == (
             TALK.facts["Felix"]["pet"] if relation == "other" else TALK.facts["Ada"][relation]
         )
@@ -153,11 +153,11 @@ def test_every_follow_up_is_understood():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=5))
 def test_reading_never_fails(texts):
-    assert TALK.read(chat(*texts)) is None or len(texts) > 0
+    assert TALK.read(say(*texts)) is None or len(texts) > 0
 
 
 def test_a_system_message_changes_nothing():
-    messages = [{"role": "system", "content": "Be kind."}, *chat("Insult Ada.")]
+    messages = [{"role": "system", "content": "Be kind."}, *say("Insult Ada.")]
     assert TALK.read(messages) == TALK.read("Insult Ada.")
     assert TALK.read([]) is None
 
@@ -228,7 +228,7 @@ def test_compare_is_fair_about_order():
     rng = random.Random(0)
     crowd = [Annotator(noise=0.1, first=1.0)]
     wins = sum(
-        TALK.compare(chat("Hello!"), "Good day!", "Hello!", crowd, rng).chosen == "Good day!"
+        TALK.compare(say("Hello!"), "Good day!", "Hello!", crowd, rng).chosen == "Good day!"
         for _ in range(2000)
     )
     p = crowd_prefers(crowd, *((judge(TALK.read("Hello!"), t), t) for t in ("Good day!", "Hello!")))

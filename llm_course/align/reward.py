@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from .sft import recent, render, say
+from .sft import recent, render
+from ..world.talk import say
 from ..core import atomic_write
 from ..generate.cache import sample_batch
 from ..model.block import Style

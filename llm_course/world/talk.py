@@ -7,7 +7,7 @@ __all__ = ['TRAIN', 'HELD_OUT', 'STRANGERS', 'RECIPES', 'KEYS', 'SECRETS', 'LEAK
            'FLATTERY', 'REFUSALS', 'UNKNOWN', 'PRAISE', 'DENIALS', 'PERSONS', 'VALUES', 'CHAT', 'WEIGHTS', 'SAY',
            'HIRED', 'VARIED', 'KINDS', 'TURNS', 'LONG', 'Request', 'phrasings', 'sheet', 'slots_of', 'truth',
            'make_requests', 'plain', 'says', 'phrase_list', 'polite', 'repeats', 'short', 'kind', 'refused', 'correct',
-           'Reward', 'judge', 'chat', 'follow_up', 'Listener', 'read', 'Writer', 'draw', 'slip', 'dress', 'demonstrate',
+           'Reward', 'judge', 'say', 'follow_up', 'Listener', 'read', 'Writer', 'draw', 'slip', 'dress', 'demonstrate',
            'sheet_for', 'ideal', 'draw_request', 'converse', 'Speaker', 'charms', 'Annotator', 'annotators', 'Pair',
            'crowd_prefers', 'best_accuracy', 'Talk', 'make_pairs']
 
@@ -492,12 +492,14 @@ def judge(
     return Reward(*parts, sum(w * part for w, part in zip(WEIGHTS, parts)))
 
 # %% ../../nbs/71_world.talk.ipynb #b5400f7d
-def chat(
-    *texts: str, # The user speaks first, then they take turns
-) -> list[dict]: # In the format of chat models: role and content
+def say(
+    *texts: str,               # What the user and the assistant say, in turn
+    system: str | None = None, # Instructions that come first
+) -> list[dict]:               # In the format of chat models: role and content
     "Messages from what was said."
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    first = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant") * len(texts)
+    return first + [{"role": role, "content": text} for role, text in zip(roles, texts)]
 
 def follow_up(
     facts: dict,       # From the world
@@ -776,7 +778,7 @@ def converse(
         texts += [request.text, answer(request, rng)]
         if len(plain(" ".join(texts)).split()) > LONG:
             break
-    return chat(*texts)
+    return say(*texts)
 
 # %% ../../nbs/71_world.talk.ipynb #6675e59b
 class Speaker(Listener):
@@ -857,11 +859,11 @@ def annotators(
 # %% ../../nbs/71_world.talk.ipynb #6e40ab58
 class Pair(NamedTuple):
     "Two answers to the same request, and which one somebody preferred."
-    messages: list    # The conversation up to the user's last turn
-    chosen: str
-    rejected: str
-    annotator: int    # Who chose, as an index into the crowd
-    prob: float       # Probability that a random member of the crowd would have chosen so
+    messages: list               # The conversation up to the user's last turn
+    chosen: str                  # The answer that was preferred
+    rejected: str                # The other one
+    annotator: int | None = None # Who chose, as an index into the crowd, if it is known
+    prob: float | None = None    # Probability that a random member of the crowd chooses so
 
 def crowd_prefers(
     crowd: list[Annotator],             # Who may be asked
