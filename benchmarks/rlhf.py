@@ -40,7 +40,8 @@ def prepare(folder: Path, batch: int, group: int) -> None:
     from llm_course.align.sft import add_chat_tokens, render
     from llm_course.core import asset
     from llm_course.model.block import LLAMA
-    from llm_course.model.gpt import GPT, GPTConfig, save_model
+    from llm_course.model.files import save_model
+    from llm_course.model.gpt import GPT, GPTConfig
     from llm_course.world.talk import Talk
     from llm_course.tokens.bpe import load_tokenizer
 
@@ -100,7 +101,7 @@ def ours(folder: Path, steps: int, method: str, precision: str) -> list:
     from llm_course.align.rl import PolicyConfig, PolicyTuner, tune_step
     from llm_course.align.sft import add_chat_tokens
     from llm_course.core import asset
-    from llm_course.model.gpt import load_model
+    from llm_course.model.files import load_model
     from llm_course.tokens.bpe import load_tokenizer
     from llm_course.train.loop import keep_memory
 

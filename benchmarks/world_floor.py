@@ -23,7 +23,8 @@ import torch
 
 from llm_course.data.batches import DocumentBatches
 from llm_course.data.shards import memory_shards
-from llm_course.model.gpt import GPT, GPTConfig, count_params, save_model
+from llm_course.model.files import save_model
+from llm_course.model.gpt import GPT, GPTConfig, count_params
 from llm_course.world.talk import Talk
 from llm_course.tokens.bpe import BPETokenizer
 from llm_course.train.loop import TrainConfig, floor_excess, train

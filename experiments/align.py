@@ -43,7 +43,7 @@ from llm_course.align.reward import (
 )
 from llm_course.align.sft import load_assistant
 from llm_course.core import asset, atomic_write
-from llm_course.model.gpt import save_model
+from llm_course.model.files import save_model
 from llm_course.world.talk import Talk, annotators
 
 FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "align.json"

@@ -35,7 +35,8 @@ from llm_course.align.sft import (
 )
 from llm_course.core import atomic_write, set_seed
 from llm_course.data.batches import one_pass
-from llm_course.model.gpt import count_params, save_model
+from llm_course.model.files import save_model
+from llm_course.model.gpt import count_params
 from llm_course.world.talk import Talk
 from llm_course.train.loop import TrainConfig, floor_excess, train
 from llm_course.world import World

@@ -576,7 +576,7 @@ def test_shipped_model_is_close_to_the_floor_and_writes():
 
 @pytest.mark.slow
 def test_shipped_model_can_be_made_again(tmp_path):
-    from llm_course.model.gpt import load_model
+    from llm_course.model.files import load_model
     from llm_course.tokens.bpe import load_tokenizer
     loaded = shipped()
     subprocess.run([sys.executable, ROOT / "benchmarks" / "world_floor.py", "--seeds", "1", "--save", tmp_path],

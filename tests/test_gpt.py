@@ -20,9 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm_course.model.attention import attention_maps
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style, hidden_width
 from llm_course.model.embedding import Rope, position_angles
-from llm_course.model.gpt import (
-    GPT, GPTConfig, count_params, enter, flops_per_token, load_model, mark_segments,
-    save_model)
+from llm_course.model.files import load_model, save_model
+from llm_course.model.gpt import GPT, GPTConfig, count_params, flops_per_token, mark_segments
 from llm_course.train.scale import recompute_blocks
 
 STYLES = {"gpt2": GPT2, "llama": LLAMA, "course": COURSE,
@@ -184,14 +183,14 @@ def test_a_text_read_in_two_parts(style):
     "`enter` with an offset marks positions as if the whole text had been given."
     model = small(style)
     tokens = some_tokens()
-    whole, turn = enter(model, tokens)
-    part, turn_part = enter(model, tokens[:, 10:], offset=10)
+    whole, turn = model.enter(tokens)
+    part, turn_part = model.enter(tokens[:, 10:], offset=10)
     assert torch.equal(whole[:, 10:], part)
     if turn:
         q = torch.randn(2, 4, 24, 8)
         assert torch.equal(turn(q)[:, :, 10:], turn_part(q[:, :, 10:]))
     with pytest.raises(ValueError, match="has 25 tokens"):
-        enter(model, tokens[:, :5], offset=20)
+        model.enter(tokens[:, :5], offset=20)
 
 
 def test_dropout_only_while_training():

@@ -20,7 +20,8 @@ from llm_course.data.batches import RandomWindows
 from llm_course.data.shards import memory_shards
 from llm_course.model.attention import attend, mask_bias
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
-from llm_course.model.gpt import GPT, GPTConfig, flops_per_token, load_model, save_model
+from llm_course.model.files import load_model, save_model
+from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
 from llm_course.tokens.bpe import CharTokenizer
 from llm_course.train import scale
 from llm_course.train.loop import TrainConfig, Trainer, summed_loss, train, train_step

@@ -20,7 +20,7 @@ from typing import Callable, Iterable, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .rl import answer_kl, draw_answers, hidden, used
+from .rl import answer_kl, draw_answers, used
 from .reward import pad_rows, render_answer
 from ..model.gpt import GPT
 from ..train.loop import (
@@ -97,7 +97,7 @@ def answer_log_probs(
     row, at = mask.nonzero(as_tuple=True)
     tokens = tokens.clamp_min(0)
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
-        logits = model.head(hidden(model, tokens)[row, at - 1])  # only where an answer stands
+        logits = model.head(model.hidden(tokens)[row, at - 1])  # only where an answer stands
     found = -F.cross_entropy(logits.float(), tokens[row, at], reduction="none")
     return found.new_zeros(len(tokens)).index_add(0, row, found)
 

@@ -30,7 +30,7 @@ from ..world.talk import say
 from ..core import atomic_write
 from ..generate.cache import sample_batch
 from ..model.block import Style
-from ..model.gpt import GPT, GPTConfig, enter
+from ..model.gpt import GPT, GPTConfig
 from ..world.talk import Annotator, Pair, annotators
 from ..train.loop import Progress, TrainConfig, pick_precision, train
 
@@ -376,10 +376,7 @@ def what_tokens_show(
     answer: Tensor, # Which of them count, (B, T); never the first of a row
 ) -> Tensor:        # For each that counts: its stream, and how expected it was, (N, C + 1)
     "The last stream of each token, and its log-probability (in nats) given those before."
-    x, rotate = enter(body, tokens)
-    for block in body.blocks:
-        x = block(x, rotate)
-    x, told = body.norm(x), answer[:, 1:]
+    x, told = body.hidden(tokens), answer[:, 1:]
     logits = body.head(x[:, :-1][told])  # what the token before expected, (N, V)
     expected = -F.cross_entropy(logits.float(), tokens[:, 1:][told], reduction="none")
     return torch.cat([x[answer].float(), expected[:, None]], dim=1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'average', 'KLEstimates', 'kl_estimates', 'AdaptiveKL', 'clipped_policy_loss', 'gae', 'Outlook', 'PPOLoss',
-           'ppo_loss', 'group_advantages', 'grpo_loss', 'Rollout', 'draw_answers', 'true_reward', 'hidden', 'ValueHead',
+           'ppo_loss', 'group_advantages', 'grpo_loss', 'Rollout', 'draw_answers', 'true_reward', 'ValueHead',
            'look_rows', 'look_at', 'PolicyConfig', 'PolicyTuner', 'others', 'advantages_of', 'loss_of', 'used', 'learn',
            'tune_step', 'save_policy', 'resume_policy', 'run_policy', 'tune_policy', 'answer_kl', 'evaluate_policy']
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from .sft import render
 from ..generate.cache import sample_batch
-from ..model.gpt import GPT, enter
+from ..model.gpt import GPT
 from ..train.loop import (
     alone, differences, gentle_interrupt, keep_memory, load_weights, part_of, pick_precision,
     read_checkpoint, write_checkpoint)
@@ -222,16 +222,6 @@ def true_reward(
     return reward
 
 # %% ../../nbs/75_align.rl.ipynb #9a5fd1a6
-def hidden(
-    model: GPT,     # The model
-    tokens: Tensor, # (B, T)
-) -> Tensor:        # What the output matrix is applied to, (B, T, C)
-    "A GPT's last states."
-    x, turn = enter(model, tokens)
-    for block in model.blocks:
-        x = block(x, turn)
-    return model.norm(x)
-
 class ValueHead(nn.Module):
     "PPO's critic: from a state, the reward still to come; it learns without changing the states."
     def __init__(
@@ -258,7 +248,7 @@ def look_rows(
     "What a model says of some answers; 0 behind the end of each."
     row, place = mask.nonzero(as_tuple=True)
     at = starts[row] + place                    # of the drawn tokens, (N,)
-    x = hidden(model, tokens)[row, at - 1]
+    x = model.hidden(tokens)[row, at - 1]
     every = model.head(x).float().log_softmax(dim=-1)           # (N, V)
     found = [every.gather(-1, tokens[row, at][:, None])[:, 0], -(every.exp() * every).sum(dim=-1)]
     found += [] if head is None else [head(x).float()]
@@ -538,7 +528,7 @@ def answer_kl(
     for rows in torch.arange(len(r.tokens), device=r.tokens.device).split(32):
         tokens, starts, mask = r.tokens[rows], r.starts[rows], r.mask[rows]
         row, place = mask.nonzero(as_tuple=True)
-        p, q = (m.head(hidden(m, tokens)[row, starts[row] + place - 1]).float().log_softmax(dim=-1)
+        p, q = (m.head(m.hidden(tokens)[row, starts[row] + place - 1]).float().log_softmax(dim=-1)
                 for m in (model, reference))
         every = (p.exp() * (p - q)).sum(dim=-1)
         found.append(every.new_zeros(len(rows)).index_add(0, row, every))

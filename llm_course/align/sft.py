@@ -20,7 +20,8 @@ from ..core import asset, need
 from ..data.batches import DocumentBatches, one_pass
 from ..data.shards import Shards
 from ..generate.cache import sample_batch
-from ..model.gpt import GPT, load_model
+from ..model.files import load_model
+from ..model.gpt import GPT
 from ..tokens.bpe import END, Page, Tokenizer, load_tokenizer
 from ..world.talk import say
 from ..train.loop import Progress, TrainConfig, train

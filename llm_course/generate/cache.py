@@ -23,7 +23,7 @@ from ..model.attention import (
 from ..model.block import Block, FeedForward
 from ..model.embedding import Rope, rotate
 from ..model.gpt import GPT, GPTConfig
-from ..train.loop import plain_model
+from ..model.gpt import plain_model
 
 # %% ../../nbs/51_generate.cache.ipynb #8176ed8e
 class KVCache:

@@ -26,7 +26,8 @@ from llm_course.align.sft import (
     render)
 from ..core import asset, atomic_write
 from ..data.batches import held_out, one_pass
-from ..model.gpt import GPT, load_model, save_model
+from ..model.files import load_model, save_model
+from ..model.gpt import GPT
 from .report import answers_html, grid_html, line_chart
 from .run import (
     STAGES, Run, Settings, fill_in, make_tokenizer, read_json, stored_texts, take_stages,

@@ -22,7 +22,8 @@ from ..data.batches import DocumentBatches, one_pass
 from ..data.files import read_texts
 from ..data.shards import memory_shards
 from ..generate.cache import sample_batch, stream
-from ..model.gpt import GPT, load_model, save_model
+from ..model.files import load_model, save_model
+from ..model.gpt import GPT
 from .report import (
     Report, Sample, bits_per_byte, perplexity, short, write_report)
 from .assistant import (

@@ -27,7 +27,8 @@ from ..core import atomic_write, set_seed
 from ..data.batches import DocumentBatches, RandomWindows, one_pass
 from ..data.shards import Shards, document_boundaries
 from ..model.block import GPT2, LLAMA, Style
-from ..model.gpt import GPT, GPTConfig, count_params, save_model
+from ..model.files import save_model
+from ..model.gpt import GPT, GPTConfig, count_params
 from llm_course.train.loop import (
     BEST, Progress, TrainConfig, Trainer, count_targets, part_of, pick_precision, read_checkpoint,
     train, train_step)

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from ..model.attention import mask_bias
 from ..model.block import hidden_width
 from ..model.gpt import GPT, GPTConfig, flops_per_token
-from .loop import plain_model, summed_loss
+from ..model.gpt import plain_model
+from .loop import summed_loss
 
 # %% ../../nbs/45_train.scale.ipynb #216156a7
 class Parts(NamedTuple):
