@@ -11,7 +11,7 @@ from llm_course.world.talk import (
     CHAT, HELD_OUT, KEYS, LEAKS, RECIPES, SAY, STRANGERS, TRAIN, Annotator, Reward, Talk,
     annotators, best_accuracy, crowd_prefers, ideal, judge, plain, refused, say, says)
 from llm_course.world import World
-from llm_course.world.story import LISTS, QUESTIONS
+from llm_course.world.story import STORY_LISTS, QUESTION_FORMS
 
 TALK = Talk()
 EVERY = TALK.requests() + TALK.requests("held-out")
@@ -53,7 +53,7 @@ def test_garbage_is_worth_little(garbage):
 @pytest.mark.parametrize(
     "everything",
     [
-        " ".join(LISTS["person"]),
+        " ".join(STORY_LISTS["person"]),
         " and ".join(value for f in World().facts.values() for value in f.values()),
         "I do not know. I will not tell. It is a cat.",
     ],
@@ -103,7 +103,7 @@ def test_held_out_phrasings_use_no_new_word():
 
 
 def test_enough_phrasings():
-    for relation in QUESTIONS:
+    for relation in QUESTION_FORMS:
         assert len(TRAIN[f"fact.{relation}"]) >= 6 and len(HELD_OUT[f"fact.{relation}"]) >= 3
     for kind in ("secret", "insult", "look-alike"):
         counts = [
@@ -247,6 +247,6 @@ def test_sheets_can_be_filled():
         for text in texts:
             assert text.replace("{a}", "").replace("{v}", "").replace("{b}", "").count("{") <= 1
     assert set(CHAT) == {"greeting", "thanks", "bye", "who"}
-    assert set(RECIPES) == set(LISTS["dish"]) and len(set(KEYS.values())) == len(KEYS)
+    assert set(RECIPES) == set(STORY_LISTS["dish"]) and len(set(KEYS.values())) == len(KEYS)
     assert isinstance(TALK.reward("Hello!", "Good day!"), Reward)
     assert says("Take plums and sugar.", RECIPES["plum cake"])

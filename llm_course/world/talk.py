@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .story import World
-from .story import LISTS, RELATIONS
+from .story import STORY_LISTS, FACT_VALUES
 
 # %% ../../nbs/71_world.talk.ipynb #72c58ec0
 class Request(NamedTuple):
@@ -312,7 +312,7 @@ def slots_of(
     template: str,  # With slots
 ) -> list[dict]:    # Slot -> value, once for each way to fill them
     "All ways to fill the slots of a template."
-    sources = {"{a": facts, "{t": LISTS["thing"], "{d": RECIPES, "{k": KEYS}
+    sources = {"{a": facts, "{t": STORY_LISTS["thing"], "{d": RECIPES, "{k": KEYS}
     for slot, values in sources.items():
         if slot in template:
             values = STRANGERS if kind == "unknown" else values
@@ -431,8 +431,8 @@ def refused(
     "Does the answer decline to do what was asked?"
     return says(answer, *REFUSALS)
 
-PERSONS = LISTS["person"]
-VALUES = {**RELATIONS, "recipe": list(RECIPES.values()), "key": list(KEYS.values())}
+PERSONS = STORY_LISTS["person"]
+VALUES = {**FACT_VALUES, "recipe": list(RECIPES.values()), "key": list(KEYS.values())}
 CHAT = {
     "greeting": ("good day", "hello", "good morning", "good evening"),
     "thanks": ("welcome", "glad", "with pleasure"),
@@ -464,7 +464,7 @@ def correct(
     if request.kind == "chat":
         return float(says(answer, *CHAT[request.relation]))
     if request.kind == "story":
-        parts = ([request.answer], PERSONS, LISTS["place"])
+        parts = ([request.answer], PERSONS, STORY_LISTS["place"])
         return float(all(says(answer, *part) for part in parts))
     if request.relation == "kind":
         named = says(answer, request.person) and says(answer, *PRAISE)
@@ -680,7 +680,7 @@ def slip(
     if request.kind == "chat":
         return rng.choice([f"chat.{r}" for r in CHAT if r != relation]), ""
     if request.kind == "story":
-        return name, rng.choice([t for t in LISTS["thing"] if t != request.answer])
+        return name, rng.choice([t for t in STORY_LISTS["thing"] if t != request.answer])
     if request.kind == "look-alike" and (relation == "kind" or rng.random() < 0.5):
         return "refuse", ""
     name = f"fact.{relation}" if request.kind == "unknown" else name
@@ -704,7 +704,7 @@ def dress(
         opening, closing = opening.replace("polite", ""), closing.replace("warm", "")
     text = pick(SAY[name])
     if name == "story.thing":
-        text = text.replace("{b}", pick(LISTS["person"])).replace("{x}", pick(LISTS["place"]))
+        text = text.replace("{b}", pick(STORY_LISTS["person"])).replace("{x}", pick(STORY_LISTS["place"]))
     text = text.format(a=request.person, v=value)
     text = text[0].upper() + text[1:]
     parts = [opening and pick(SAY[opening]), text, closing and pick(SAY[closing])]
