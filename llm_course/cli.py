@@ -548,7 +548,7 @@ def run_stages(
     name: str,      # The command
 ) -> None:
     "Train, and say how to go on after an interruption."
-    from llm_course.train.plan import Reporter
+    from llm_course.train.watch import Reporter
     before = signal.signal(signal.SIGTERM, _on_terminate)
     try:
         work(Bar() if sys.stdout.isatty() and is_first() else Reporter())
@@ -620,7 +620,8 @@ def train(
 ) -> None:
     "Train a model by a preset; also under torchrun. The same command continues a run."
     from llm_course.pipeline.run import Settings, take_stages
-    from llm_course.train.plan import Machine, find_tracker
+    from llm_course.train.plan import Machine
+    from llm_course.train.watch import find_tracker
     if sizes["preset"] is None and not (out and (out / "config.json").exists()):
         sizes["preset"] = "laptop"
     folder = out or default_folder(text["data"] or "world", sizes["preset"])

@@ -41,7 +41,7 @@ WORKER = """
     from llm_course.evolve.strategies import ES
     from llm_course.model.gpt import GPT, GPTConfig
     from llm_course.train.loop import checksum
-    from llm_course.train.parallel import join_group
+    from llm_course.train.workers import join_group
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ def make_run(dropout: float = 0.0, rows: int = 5):
 
 def run(how: str, folder: Path | None = None, log: Path | None = None, every: int = 3, **settings):
     "Train as one process, or as one of several; the losses and lengths of gradients."
-    from llm_course.train.parallel import distribute
+    from llm_course.train.parallel import distribute_model
 
     def watch(trainer):
         if log is not None and rank() == 0:
@@ -51,7 +51,7 @@ def run(how: str, folder: Path | None = None, log: Path | None = None, every: in
     dropout, pause = settings.pop("dropout", 0.0), settings.pop("pause", 0.0)
     model, batches, valid = make_run(dropout)
     if how in ("ddp", "fsdp"):
-        model = distribute(model, how)
+        model = distribute_model(model, how)
     if pause:
         model.register_forward_pre_hook(lambda *_: time.sleep(pause))
     config = TrainConfig(**{"steps": STEPS, "accumulate": 2, "precision": "float32", **settings})
@@ -168,7 +168,7 @@ def test_ctrl_c_saves_what_all_processes_have(tmp_path):
 
 
 def main(task: str, folder: str, *rest: str) -> None:
-    from llm_course.train.parallel import join_group
+    from llm_course.train.workers import join_group
 
     torch.set_num_threads(1)
     with join_group("cpu"):

@@ -19,19 +19,11 @@ import torch.distributed as dist
 from llm_course.model.block import COURSE, GPT2, LLAMA
 from llm_course.model.gpt import GPT, GPTConfig, count_params
 from llm_course.train.cluster import (
-    A100,
-    H100,
-    Cluster,
-    Plan,
-    best_interval,
-    bytes_sent,
-    lost_share,
-    n_parameters,
-    step_times,
-    utilisation,
-)
+    A100, H100, Cluster, ClusterPlan, best_interval, bytes_sent, lost_share, n_parameters,
+    step_times, utilisation)
 from llm_course.train.optim import whole
-from llm_course.train.parallel import SHARE, Workers, distribute, load_parts, save_parts
+from llm_course.train.parallel import distribute_model
+from llm_course.train.workers import SENT_SHARE, Workers, load_sharded, save_sharded
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALE = 3
@@ -183,7 +175,7 @@ def script(tmp_path, text: str) -> list:
 ENDLESS = """
     import os, time
     import torch.distributed as dist
-    from llm_course.train.parallel import Workers
+    from llm_course.train.workers import Workers
 
     class Mine:
         pid = os.getpid
@@ -243,7 +235,7 @@ def test_the_kernel_counts_the_same_bytes(three):
         three.run(send_much)
         ratios.append((loopback_bytes() - before) / sum(s["allreduce"] for s in three.sent))
     assert 1.0 <= min(ratios) < 1.1, ratios
-    assert three.sent[0]["allreduce"] == round(SHARE["allreduce"](3) * 16_000_000)
+    assert three.sent[0]["allreduce"] == round(SENT_SHARE["allreduce"](3) * 16_000_000)
 
 
 def gradients(config, tokens, how):
@@ -253,7 +245,7 @@ def gradients(config, tokens, how):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     if how:
-        model = distribute(model, how)
+        model = distribute_model(model, how)
         tokens = tokens[dist.get_rank() :: dist.get_world_size()]
     model(tokens).square().mean().backward()
     return {name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters()}
@@ -273,9 +265,9 @@ def test_three_processes_have_the_gradient_of_one(three, style, how):
 
 def round_trip(folder, write, config):
     torch.manual_seed(0 if write else 1)
-    model = distribute(GPT(config), "fsdp")
+    model = distribute_model(GPT(config), "fsdp")
     state = model.state_dict()
-    (save_parts if write else load_parts)(state, folder)
+    (save_sharded if write else load_sharded)(state, folder)
     return {name: whole(w.detach()) for name, w in model.state_dict().items()}
 
 
@@ -298,28 +290,29 @@ def test_checkpoints_cross_numbers_of_processes(three, tmp_path, writers, reader
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    save_parts({"a": torch.ones(2, 2)}, tmp_path)
+    save_sharded({"a": torch.ones(2, 2)}, tmp_path)
     with pytest.raises(ValueError, match="Missing key.* b"):
-        load_parts({"b": torch.ones(2, 2)}, tmp_path)
+        load_sharded({"b": torch.ones(2, 2)}, tmp_path)
     with pytest.raises(ValueError, match="cannot be loaded: .*[Ss]ize"):
-        load_parts({"a": torch.ones(3, 2)}, tmp_path)
+        load_sharded({"a": torch.ones(3, 2)}, tmp_path)
     with pytest.raises(FileExistsError, match="new folder"):
-        save_parts({"a": torch.ones(2, 2)}, tmp_path)
+        save_sharded({"a": torch.ones(2, 2)}, tmp_path)
     piece = next(tmp_path.iterdir())
     piece.write_bytes(piece.read_bytes()[:-3])
     with pytest.raises(ValueError, match="cannot be loaded"):
-        load_parts({"a": torch.ones(2, 2)}, tmp_path)
+        load_sharded({"a": torch.ones(2, 2)}, tmp_path)
 
 
 TORCHRUN = """
     import torch
     import torch.distributed as dist
-    from llm_course.train.parallel import distribute, join_group
+    from llm_course.train.parallel import distribute_model
+    from llm_course.train.workers import join_group
 
     with join_group("cpu") as device:
         with join_group("cpu"):  # one that is already there is used
             pass
-        model = distribute(torch.nn.Linear(4, 4).to(device), "fsdp")
+        model = distribute_model(torch.nn.Linear(4, 4).to(device), "fsdp")
         print("rows", model.weight.to_local().shape[0], "of", model.weight.shape[0], flush=True)
     assert not dist.is_initialized()
 """
@@ -353,15 +346,15 @@ def test_parameters_are_counted_without_making_the_model(style):
 
 def test_the_cluster_behaves():
     config = GPTConfig(50_000, 2048, 4096, 32, 32, style=LLAMA)
-    alone = Plan(batch=64)
+    alone = ClusterPlan(batch_size=64)
     assert utilisation(config, alone, H100) == pytest.approx(H100.efficiency)
     assert sum(bytes_sent(config, alone).values()) == 0
     assert sum(step_times(config, alone, A100).values()) > sum(
         step_times(config, alone, H100).values()
     )
-    inside, across = Plan(tensor=8, batch=64), Plan(tensor=16, batch=64)
+    inside, across = ClusterPlan(tensor=8, batch_size=64), ClusterPlan(tensor=16, batch_size=64)
     assert utilisation(config, inside, H100) > 1.5 * utilisation(config, across, H100)
-    more = [utilisation(config, Plan(pipeline=8, batch=b), H100) for b in (8, 16, 64, 512)]
+    more = [utilisation(config, ClusterPlan(pipeline=8, batch_size=b), H100) for b in (8, 16, 64, 512)]
     assert more == sorted(more)
-    uneven = Plan(data=3, batch=4)  # one copy has two texts, and the others wait for it
+    uneven = ClusterPlan(data=3, batch_size=4)  # one copy has two texts, and the others wait for it
     assert utilisation(config, uneven, Cluster(inner=1e30)) == pytest.approx(0.59 * 4 / 6)

@@ -123,7 +123,7 @@ def test_batch_that_can_not_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr(plan, "world_size", lambda: 3)
     made = plan.Plan(plan.PRESETS["tiny"].model, plan.TrainConfig(steps=1), 16, False)
     with pytest.raises(ValueError, match="start 1, 2, 4, 8, 16 of them.*multiple of 3"):
-        plan.check_share(made)
+        made.check_share()
 
 
 # --- Faults -------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_more_than_there_is_warns_before_the_start(monkeypatch):
     shards = Shards(None, {"end_id": 0, "vocab_size": 50}, [row])
     said = []
     monkeypatch.setattr(plan, "device_memory", lambda device: 1_000_000)
-    preset = plan.change(plan.PRESETS["tiny"], {"n_layers": 1, "d_model": 32, "context_length": 32, "steps": 1})
+    preset = plan.PRESETS["tiny"].with_changes({"n_layers": 1, "d_model": 32, "context_length": 32, "steps": 1})
     plan.make_plan(preset, shards, plan.Machine(compile="off"), torch.device("cpu"), say=said.append)
     assert len(said) == 1 and said[0].startswith("warning") and "--batch-size 8" in said[0]
 

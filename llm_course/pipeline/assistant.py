@@ -35,7 +35,8 @@ from .run import (
 from ..world.talk import Talk, best_accuracy
 from ..tokens.bpe import Tokenizer, load_tokenizer
 from ..train.loop import evaluate
-from ..train.plan import Machine, Quiet, Reporter
+from ..train.plan import Machine
+from ..train.watch import QuietReporter, Reporter
 from ..world.story import World
 
 # %% ../../nbs/95c_pipeline.assistant.ipynb #045c9321
@@ -140,7 +141,7 @@ def tokenizer_stage(
     teaching: Teaching, # What it learns from
 ) -> dict:              # Figures
     "Learn a tokenizer from the text and from the conversations."
-    chats, pairs = read_examples(teaching, Quiet())
+    chats, pairs = read_examples(teaching, QuietReporter())
     said = [" " + message["content"] for messages in chats for message in messages]
     return make_tokenizer(run, said + [f" {p.chosen}\n {p.rejected}" for p in pairs])
 
@@ -278,7 +279,7 @@ def comparisons(
 ) -> tuple[list, list]:   # Pairs to learn from, and held back
     "Answers in pairs, of which somebody preferred one."
     if t.preferences != "world":
-        _, pairs = read_examples(t, Quiet(), tokenizer, model.config.context_length)
+        _, pairs = read_examples(t, QuietReporter(), tokenizer, model.config.context_length)
         return part_rows(pairs, lambda pair: json.dumps(pair.messages))
     drawn = partial(collect_pairs, model, tokenizer, Talk(World(seed=0)))
     return drawn(n, seed=1, sampled=3, written=4), drawn(max(2, n // 10), 2, "held-out")
@@ -421,7 +422,7 @@ def assistant_parts(
         rows = grade_rows(run.facts)
         parts.append(("From model to assistant", GRADED, grid_html(["", *COLUMNS.values()], rows)))
     else:
-        chats, _ = read_examples(t, Quiet())
+        chats, _ = read_examples(t, QuietReporter())
         prompts = [until_answer(messages) for messages in part_rows(chats, json.dumps)[1][:8]]
         model, tokenizer = open_stage(run, BRAINS["sft"])
         room = model.config.context_length - longest_answer(model)

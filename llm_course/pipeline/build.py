@@ -33,7 +33,8 @@ from .run import (
     take_stages, token_parts)
 from ..tokens.bpe import load_tokenizer
 from ..train.loop import evaluate
-from ..train.plan import Machine, Reporter, duration, read_log
+from ..train.plan import Machine
+from ..train.watch import Reporter, format_duration, read_log
 from ..world.story import World
 
 # %% ../../nbs/95d_pipeline.build.ipynb #17e17c16
@@ -262,7 +263,7 @@ def lead_sentence(
 ) -> str:          # For the top of the page
     "What the figures amount to."
     model = facts["model"]
-    begin = f"It read {short(model['tokens'])} tokens in {duration(model['training'])}"
+    begin = f"It read {short(model['tokens'])} tokens in {format_duration(model['training'])}"
     if "excess" not in figures:
         share, zipped = figures["bits_per_byte"] / 8, figures["zip_bits_per_byte"] / 8
         return (f"{begin}. Its odds would pack text that it never saw to {share:.0%} of its size; "
@@ -319,7 +320,7 @@ def make_card(
             chosen[name] = Path(chosen[name]).name
     chosen["data"] = Path(run.settings.data).name  # a report may be shown; where you keep it, not
     title = "the story world" if loaded.data == "world" else chosen["data"]
-    took = {name: duration(facts["seconds"]) for name, facts in run.facts.items()}
+    took = {name: format_duration(facts["seconds"]) for name, facts in run.facts.items()}
     return Report(
         f"A model of {title}", lead_sentence(figures, run.facts),
         figure_cards(figures, run.facts), curves, figures.get("floor"), samples,

@@ -27,10 +27,11 @@ from ..data.shards import Shards, document_boundaries, write_shards
 from .report import short
 from ..tokens.bpe import BPETokenizer, CharTokenizer, load_tokenizer, read_ranks
 from ..train.ranks import lost_process, rank
-from ..train.parallel import join_group
+from ..train.workers import join_group
 from ..train.plan import (
-    Machine, Preset, Quiet, Reporter, change, describe_plan, dial_preset, first_does, make_plan,
-    pick_preset, read_plan, train_plan)
+    Machine, Preset, dial_preset, make_plan, pick_preset, read_plan, train_plan)
+from ..train.watch import QuietReporter, Reporter
+from ..train.workers import first_process_does
 from ..train.tune import power_of_two
 
 # %% ../../nbs/95b_pipeline.run.ipynb #917bd9c9
@@ -57,7 +58,7 @@ def preset_of(
 ) -> Preset:     # With all changes
     "What the settings say about sizes, rates and budget. Raises `ValueError` if they can't be."
     base = pick_preset(s.preset) if s.preset else dial_preset(4 if s.depth is None else s.depth)
-    return change(base, {**(s.changes or {}), "minutes": s.minutes, "steps": s.steps})
+    return base.with_changes({**(s.changes or {}), "minutes": s.minutes, "steps": s.steps})
 
 # %% ../../nbs/95b_pipeline.run.ipynb #ea706e59
 def check_settings(
@@ -251,7 +252,7 @@ def take_stage(
     if name in run.facts:
         return
     start = time.time()
-    facts = make(run) if name in TOGETHER else first_does(lambda: make(run))
+    facts = make(run) if name in TOGETHER else first_process_does(lambda: make(run))
     run.facts[name] = {"seconds": round(time.time() - start, 2), **facts}
     if rank() == 0:
         write_json(run.folder / "stages.json", run.facts)
@@ -476,7 +477,7 @@ def plan_stage(
     s, (shards, _) = run.settings, token_parts(run.folder, run.facts)
     stretch = 4 if s.depth and "context_length" not in (s.changes or {}) else 1
     plan = make_plan(preset_of(s), shards, run.machine, run.device, stretch, run.reporter.say)
-    for line in describe_plan(plan, run.device.type):
+    for line in plan.describe(run.device.type):
         run.reporter.say(line)
     return {**asdict(plan), "device": run.device.type}
 
@@ -525,8 +526,8 @@ def take_stages(
     "From text to a model; called again, it goes on where it stopped. Also under `torchrun`."
     folder = Path(folder).expanduser()
     with join_group(machine.device) as device, lost_process(folder), ExitStack() as stack:
-        reporter = (reporter or Reporter()) if rank() == 0 else Quiet()
-        settled = first_does(lambda: enter(folder, settings, stack))
+        reporter = (reporter or Reporter()) if rank() == 0 else QuietReporter()
+        settled = first_process_does(lambda: enter(folder, settings, stack))
         run = Run(folder, settled[0], reporter, *settled[1:], machine, device, tracker)
         stages = stages(run.settings)
         run.facts = until_gap(run.facts, stages)
