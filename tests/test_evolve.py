@@ -29,7 +29,7 @@ from llm_course.evolve.search import (
 from llm_course.evolve.strategies import CMAES, ES
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.train.loop import read_checkpoint
+from llm_course.train.checkpoint import read_checkpoint
 
 KINDS = [RandomSearch, HillClimb, GA]
 

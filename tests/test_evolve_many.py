@@ -25,7 +25,7 @@ from llm_course.evolve.population import LowRankNoise
 from llm_course.evolve.search import dense, evolve, flatten
 from llm_course.evolve.strategies import CMAES, ES, centred_ranks
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.train.loop import checksum
+from llm_course.train.checkpoint import checksum
 
 ROOT = Path(__file__).resolve().parent.parent
 POPULATION, GENERATIONS, BLOCK = 32, 12, 4

@@ -1,4 +1,4 @@
-"""Several processes train one model: the same losses as one, the same checkpoints, safe to kill."""
+"""Several processes train one model: the same losses as one, the same checkpoints_in, safe to kill."""
 
 import json
 import os
@@ -16,7 +16,8 @@ from llm_course.data.batches import DocumentBatches, RandomWindows
 from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import CharTokenizer
-from llm_course.train.loop import TrainConfig, checkpoints, read_checkpoint, train
+from llm_course.train.checkpoint import checkpoints_in, read_checkpoint
+from llm_course.train.loop import TrainConfig, train
 from llm_course.train.ranks import rank
 
 TEXTS = [f"The {a} fox jumps over the {b} dog. " * 3 for a in ("quick", "red") for b in "abcdefgh"]
@@ -65,7 +66,7 @@ def compare(folder: Path) -> dict:
     results |= {f"muon {how}": run(how) for how in ("plain", "ddp", "fsdp")}
     for how in ("ddp", "fsdp"):
         run(how, folder / how, **ADAM)
-        last = checkpoints(folder / how)[-1]
+        last = checkpoints_in(folder / how)[-1]
         if rank() == 0:
             last.unlink()  # as if it had ended at the look before
         dist.barrier()
@@ -94,7 +95,7 @@ def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     torch.set_num_threads(1)
     run("one", folder / "one", **ADAM)
-    checkpoints(folder / "one")[-1].unlink()
+    checkpoints_in(folder / "one")[-1].unlink()
     process = torchrun(["compare", folder])
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
@@ -111,7 +112,7 @@ def test_two_processes_train_to_the_losses_of_one(compared, how):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_checkpoint_of_two_processes_resumes_on_one(compared, how):
     folder = compared[1] / how
-    assert read_checkpoint(checkpoints(folder)[-1])[1]["progress"]["step"] < STEPS
+    assert read_checkpoint(checkpoints_in(folder)[-1])[1]["progress"]["step"] < STEPS
     assert close(run("one", folder, **ADAM), run("one", **ADAM), 1e-4)
 
 
@@ -164,7 +165,7 @@ def test_ctrl_c_saves_what_all_processes_have(tmp_path):
     assert process.returncode != 0
     assert out.count("Stopped after step") == 1 and "same folder" in out
     step = int(out.split("after step ")[1].split(",")[0])
-    assert read_checkpoint(checkpoints(folder)[-1])[1]["progress"]["step"] == step
+    assert read_checkpoint(checkpoints_in(folder)[-1])[1]["progress"]["step"] == step
 
 
 def main(task: str, folder: str, *rest: str) -> None:

@@ -17,17 +17,8 @@ from llm_course.data.batches import RandomWindows
 from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import CharTokenizer
-from llm_course.train.loop import (
-    TrainConfig,
-    Trainer,
-    checkpoints,
-    load_checkpoint,
-    read_checkpoint,
-    resume,
-    train,
-    train_step,
-    write_checkpoint,
-)
+from llm_course.train.checkpoint import checkpoints_in, read_checkpoint, write_checkpoint
+from llm_course.train.loop import TrainConfig, Trainer, load_checkpoint, resume, train, train_step
 
 STEPS = 60
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 20
@@ -113,7 +104,7 @@ def test_killed_at_twenty_random_moments(tmp_path, undisturbed):
         while how != "it was quicker" and len(kills) < 20:
             how = live(folder, log, rng)
             kills += [how] if how in KILLED else []
-            for path in checkpoints(folder):
+            for path in checkpoints_in(folder):
                 read_checkpoint(path)  # whatever is there under its name can be read
         assert start(folder, log).wait(timeout=120) == 0  # left in peace at last
         compare(folder, log, undisturbed)
@@ -128,7 +119,7 @@ KILLED = ("while it saved", "at a random moment")
 def compare(folder: Path, log: Path, undisturbed: Path) -> None:
     "The same losses, and in the end the same bits."
     assert losses(log) == losses(undisturbed / "log")
-    last = checkpoints(folder)[-1]
+    last = checkpoints_in(folder)[-1]
     ours, facts = read_checkpoint(last)
     theirs, _ = read_checkpoint(undisturbed / "run" / last.name)
     assert facts["progress"]["step"] == STEPS
@@ -148,7 +139,7 @@ def test_a_kill_loses_only_steps_since_the_last_checkpoint(tmp_path):
     process.kill()
     process.wait()
     seen = max(losses(log))
-    saved = read_checkpoint(checkpoints(folder)[-1])[1]["progress"]["step"]
+    saved = read_checkpoint(checkpoints_in(folder)[-1])[1]["progress"]["step"]
     assert saved >= seen - 2  # a line is written just before its checkpoint
 
 
@@ -165,7 +156,7 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
     assert process.returncode != 0 and b"KeyboardInterrupt" in err
     assert b"Stopped after step" in out and b"same folder" in out
     step = int(out.split(b"after step ")[1].split(b",")[0])
-    assert read_checkpoint(checkpoints(folder)[-1])[1]["progress"]["step"] == step
+    assert read_checkpoint(checkpoints_in(folder)[-1])[1]["progress"]["step"] == step
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +173,7 @@ def trainer(**changes):
 
 
 def test_every_truncation_is_noticed(saved, tmp_path):
-    whole = checkpoints(saved)[-1].read_bytes()
+    whole = checkpoints_in(saved)[-1].read_bytes()
     rng = random.Random(0)
     for length in [0, 1, 7, 8, 9, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(30))]:
         path = tmp_path / "cut.safetensors"
@@ -192,12 +183,12 @@ def test_every_truncation_is_noticed(saved, tmp_path):
 
 
 def test_every_flipped_bit_is_noticed(saved, tmp_path):
-    whole = checkpoints(saved)[-1].read_bytes()
+    whole = checkpoints_in(saved)[-1].read_bytes()
     rng = random.Random(1)
     header = int.from_bytes(whole[:8], "little") + 8
     places = [*range(16), *(rng.randrange(header) for _ in range(60))]
     places += [rng.randrange(header, len(whole)) for _ in range(60)]
-    good = read_checkpoint(checkpoints(saved)[-1])
+    good = read_checkpoint(checkpoints_in(saved)[-1])
     for place in places:
         flipped = bytearray(whole)
         flipped[place] ^= 1 << rng.randrange(8)
@@ -238,18 +229,18 @@ def test_another_run_is_refused_by_name(saved, changes, message):
     other = trainer(**changes)
     weights = [p.detach().clone() for p in other.model.parameters()]
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(other, checkpoints(saved)[-1])
+        load_checkpoint(other, checkpoints_in(saved)[-1])
     assert all(torch.equal(p, q) for p, q in zip(weights, other.model.parameters()))
 
 
 def test_a_damaged_newest_checkpoint_falls_back(saved, tmp_path, capsys):
-    for path in checkpoints(saved):
+    for path in checkpoints_in(saved):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    newest = checkpoints(tmp_path)[-1]
+    newest = checkpoints_in(tmp_path)[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert resume(trainer(), tmp_path) == checkpoints(tmp_path)[-2]
+    assert resume(trainer(), tmp_path) == checkpoints_in(tmp_path)[-2]
     assert "going on from" in capsys.readouterr().out
-    for path in checkpoints(tmp_path):
+    for path in checkpoints_in(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="no checkpoint can be read"):
         resume(trainer(), tmp_path)
@@ -270,7 +261,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_a_future_version_is_refused(saved, tmp_path):
-    tensors, facts = read_checkpoint(checkpoints(saved)[-1])
+    tensors, facts = read_checkpoint(checkpoints_in(saved)[-1])
     path = tmp_path / "future.safetensors"
     save_file(tensors, path, {"kind": "llm-course checkpoint 9", "facts": json.dumps(facts)})
     with pytest.raises(ValueError, match="'llm-course checkpoint 9', this version reads"):
@@ -313,7 +304,7 @@ def test_a_full_disk_loses_nothing(small_disk, undisturbed):
     assert process.returncode != 0
     assert "No space left on device" in words and "start the same command again" in words
     assert not list(folder.glob(".step-*")), "half-written files fill the disk"
-    for path in checkpoints(folder):
+    for path in checkpoints_in(folder):
         read_checkpoint(path)
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     assert start(folder, log).wait(timeout=120) == 0
@@ -352,7 +343,7 @@ def test_numbers_that_are_none_reach_no_checkpoint(tmp_path):
     config = TrainConfig(steps=50, lr=1e30, lr_matrix=1e30, warmup=0.0, clip=None)
     with pytest.raises(FloatingPointError, match="half the learning rate"):
         train(model, batches, config, folder=tmp_path, eval_every=1, watch=None)
-    for path in checkpoints(tmp_path):
+    for path in checkpoints_in(tmp_path):
         tensors, _ = read_checkpoint(path)
         assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
@@ -375,7 +366,7 @@ def test_every_precision_trains_and_resumes(tmp_path, precision):
             except InterruptedError:
                 assert stop == 3
         finals.append([row["train"] for row in progress.history])
-        assert len(checkpoints(folder)) == 1
+        assert len(checkpoints_in(folder)) == 1
     assert finals[0] == finals[1]
     assert finals[0][-1] < 0.8 * finals[0][0]
 

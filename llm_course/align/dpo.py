@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from .rl import answer_kl, draw_answers, used
 from .reward import pad_rows, render_answer
 from ..model.gpt import GPT
-from ..train.loop import (
-    alone, differences, gentle_interrupt, keep_memory, load_weights, part_of, pick_precision,
-    read_checkpoint, write_checkpoint)
+from ..train.checkpoint import (
+    differences, load_weights, tensors_of_group, read_checkpoint, write_checkpoint)
+from ..train.loop import alone, gentle_interrupt, keep_memory, pick_precision
 from ..train.optim import SCHEDULES, AdamW, OptimizerGroup, clip_grad_norm
 
 # %% ../../nbs/77_align.dpo.ipynb #14aa471c
@@ -326,8 +326,8 @@ def resume_pairs_run(
     if wrong := differences(facts["settings"], _settings(t)):
         raise ValueError(f"{path} belongs to a run with other settings: {wrong}. Use the same "
                          "settings to continue it, or another folder")
-    load_weights(t.model, part_of(tensors, "model"))
-    t.optimizer.load_state_dict(part_of(tensors, "optimizer"))
+    load_weights(t.model, tensors_of_group(tensors, "model"))
+    t.optimizer.load_state_dict(tensors_of_group(tensors, "optimizer"))
     t.step, t.seconds, t.history = facts["step"], facts["seconds"], facts["history"]
 
 # %% ../../nbs/77_align.dpo.ipynb #5a3f4727

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from .sft import render
 from ..generate.cache import sample_batch
 from ..model.gpt import GPT
-from ..train.loop import (
-    alone, differences, gentle_interrupt, keep_memory, load_weights, part_of, pick_precision,
-    read_checkpoint, write_checkpoint)
+from ..train.checkpoint import (
+    differences, load_weights, tensors_of_group, read_checkpoint, write_checkpoint)
+from ..train.loop import alone, gentle_interrupt, keep_memory, pick_precision
 from ..train.optim import SCHEDULES, AdamW, OptimizerGroup, clip_grad_norm
 
 # %% ../../nbs/75_align.rl.ipynb #6cd38228
@@ -465,9 +465,9 @@ def resume_policy(
     if wrong := differences(facts["settings"], asdict(t.config)):
         raise ValueError(f"{path} belongs to a run with other settings: {wrong}. Use the same "
                          "settings to continue it, or another folder")
-    load_weights(t.model, part_of(tensors, "model"))
-    t.head.load_state_dict(part_of(tensors, "head"))
-    t.optimizer.load_state_dict(part_of(tensors, "optimizer"))
+    load_weights(t.model, tensors_of_group(tensors, "model"))
+    t.head.load_state_dict(tensors_of_group(tensors, "head"))
+    t.optimizer.load_state_dict(tensors_of_group(tensors, "optimizer"))
     t.generator.set_state(tensors["random.answers"])
     t.order.set_state(tensors["random.prompts"])
     t.step, t.seconds, t.history = facts["step"], facts["seconds"], facts["history"]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from .search import Strategy
-from ..train.loop import checksum
+from ..train.checkpoint import checksum
 
 # %% ../../nbs/62_evolve.distributed.ipynb #c472166a
 class Exchange:

@@ -22,9 +22,8 @@ from ..data.shards import Shards, document_boundaries
 from ..model.block import GPT2, LLAMA, Style
 from ..model.files import save_model
 from ..model.gpt import GPT, GPTConfig, count_params
-from llm_course.train.loop import (
-    BEST, Progress, TrainConfig, Trainer, part_of, pick_precision, read_checkpoint, train,
-    train_step)
+from .checkpoint import BEST_FILE, tensors_of_group, read_checkpoint
+from .loop import Progress, TrainConfig, Trainer, pick_precision, train, train_step
 from .ranks import from_first, rank, world_size
 from .parallel import distribute_model
 from .scale import (
@@ -452,7 +451,7 @@ def best_model(
     vocab_size: int, # How many tokens there really are
 ) -> GPT:            # On the CPU, in evaluation mode
     "The model with the lowest validation loss."
-    state = part_of(read_checkpoint(folder / BEST)[0], "model")
+    state = tensors_of_group(read_checkpoint(folder / BEST_FILE)[0], "model")
     rows = ("embed.weight", "head.weight")
     state = {k: v[:vocab_size] if k in rows else v for k, v in state.items()}
     model = GPT(replace(self.model, vocab_size=vocab_size))
