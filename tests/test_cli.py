@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from llm_course import cli
+from llm_course import cli, doctor, handout
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"The {a} {b} the {c}.\n" for a in ("cat", "dog", "hen", "old king")
@@ -65,7 +65,7 @@ def source(tmp_path, monkeypatch):
     "A course of two lessons that can be brought out in new versions."
     folder = tmp_path / "source"
     folder.mkdir()
-    monkeypatch.setattr(cli, "lessons_folder", lambda: folder)
+    monkeypatch.setattr(handout, "lessons_folder", lambda: folder)
 
     def publish(**lessons):
         for name, text in lessons.items():
@@ -135,9 +135,9 @@ def test_lab_treats_everything_as_changed_when_its_record_is_lost(source, tmp_pa
     lab(mine)
     for damaged in [None, "{", "[]", '{"files": 3}']:
         if damaged is None:
-            (mine / cli.RECORD).unlink()
+            (mine / handout._RECORD).unlink()
         else:
-            (mine / cli.RECORD).write_text(damaged, encoding="utf-8")
+            (mine / handout._RECORD).write_text(damaged, encoding="utf-8")
         source(a=f"after {damaged}")
         before = files(mine)
         lab(mine)
@@ -176,7 +176,7 @@ def test_lab_interrupted_while_it_writes_loses_nothing(source, tmp_path, monkeyp
     lab(mine)
     (mine / "b.ipynb").write_text("my work", encoding="utf-8")
     source(a="two", b="two")
-    real, calls = cli.hand_out, []
+    real, calls = handout.hand_out_lesson, []
 
     def dies(*arguments):
         calls.append(arguments)
@@ -184,9 +184,9 @@ def test_lab_interrupted_while_it_writes_loses_nothing(source, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(cli, "hand_out", dies)
+    monkeypatch.setattr(handout, "hand_out_lesson", dies)
     call("lab", mine, "--no-start", code=130)
-    monkeypatch.setattr(cli, "hand_out", real)
+    monkeypatch.setattr(handout, "hand_out_lesson", real)
     assert files(mine)["b.ipynb"] == "my work"
     lab(mine)
     assert set(files(mine)) == {"a.ipynb", "b.ipynb", "b.new.ipynb"}
@@ -196,16 +196,16 @@ def test_lab_interrupted_while_it_writes_loses_nothing(source, tmp_path, monkeyp
 # --- doctor -------------------------------------------------------------------------------------
 
 def test_doctor_says_what_to_do(monkeypatch):
-    sick = cli.Finding("stomach", "fail", "ate [a bug]", "call a programmer")
-    monkeypatch.setattr(cli, "EXAMINATIONS", [cli.examine_python, lambda: sick])
+    sick = doctor.Finding("stomach", "fail", "ate [a bug]", "call a programmer")
+    monkeypatch.setattr(doctor, "_EXAMINATIONS", [doctor._examine_python, lambda: sick])
     output = call("doctor", code=1)
     assert "ate [a bug]" in output and "→ call a programmer" in output and "Python" in output
 
 
 def test_doctor_survives_an_examination_that_breaks(monkeypatch):
-    def examine_luck():
+    def _examine_luck():
         raise ZeroDivisionError("no luck at all")
-    monkeypatch.setattr(cli, "EXAMINATIONS", [examine_luck])
+    monkeypatch.setattr(doctor, "_EXAMINATIONS", [_examine_luck])
     assert "no luck at all" in call("doctor", code=1)
 
 
@@ -217,12 +217,10 @@ def test_doctor_examines_this_computer(monkeypatch):
 
 
 def test_doctor_refuses_an_accelerator_that_lies(monkeypatch):
-    from llm_course import core
-
     def disagrees(device):
         raise RuntimeError("it does not compute what the CPU computes")
-    monkeypatch.setattr(core, "parity", disagrees)
-    assert cli.examine_device()[1] == "fail"
+    monkeypatch.setattr(doctor, "parity", disagrees)
+    assert doctor._examine_device()[1] == "fail"
 
 
 # --- build --------------------------------------------------------------------------------------

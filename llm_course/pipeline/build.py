@@ -25,7 +25,7 @@ from ..generate.cache import sample_batch, stream
 from ..model.files import load_model, save_model
 from ..model.gpt import GPT
 from .report import (
-    Report, Sample, bits_per_byte, perplexity, short, write_report)
+    Report, Sample, bits_per_byte, perplexity, short_number)
 from .assistant import (
     BRAINS, Teaching, assistant_parts, assistant_stages, check_teaching, run_files)
 from .run import (
@@ -263,7 +263,7 @@ def lead_sentence(
 ) -> str:          # For the top of the page
     "What the figures amount to."
     model = facts["model"]
-    begin = f"It read {short(model['tokens'])} tokens in {format_duration(model['training'])}"
+    begin = f"It read {short_number(model['tokens'])} tokens in {format_duration(model['training'])}"
     if "excess" not in figures:
         share, zipped = figures["bits_per_byte"] / 8, figures["zip_bits_per_byte"] / 8
         return (f"{begin}. Its odds would pack text that it never saw to {share:.0%} of its size; "
@@ -291,8 +291,8 @@ def figure_cards(
     return world + [
         (f"{figures['bits_per_byte']:.2f}", "bits per byte", "8 for a model that knows nothing"),
         (f"{figures['loss']:.3f}", "loss", "nats per token it never saw"), *perplexity,
-        (short(facts["model"]["speed"]), "tokens per second", f"in training, on {plan['device']}"),
-        (short(plan["parameters"]), "parameters",
+        (short_number(facts["model"]["speed"]), "tokens per second", f"in training, on {plan['device']}"),
+        (short_number(plan["parameters"]), "parameters",
          f"{size['n_layers']} layers of width {size['d_model']}")]
 
 # %% ../../nbs/95d_pipeline.build.ipynb #ca7c77dc
@@ -337,7 +337,7 @@ def make_report(
     samples = write_samples(loaded, "" if loaded.documents else first_line(text), 300)
     if loaded.data == "world":
         samples = [mark_impossible(sample, World(seed=0)) for sample in samples]
-    write_report(make_card(run, loaded, figures, text, samples), run.folder / "report.html")
+    make_card(run, loaded, figures, text, samples).write(run.folder / "report.html")
     with atomic_write(run.folder / "samples.txt", "w") as f:
         f.write("\n\n".join(f"--- {s.heading}\n{s.prompt}{s.text}" for s in samples) + "\n")
     return figures

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'OF_THE_TEXT', 'OF_TEACHING', 'FEW', 'TOGETHER', 'KEEP_BYTES', 'PARTS', 'STAGES', 'Settings', 'preset_of',
            'check_settings', 'read_json', 'write_json', 'fill_in', 'flat', 'is_fixed', 'full_path', 'with_paths',
-           'settle', 'renew', 'cut_tail', 'split_texts', 'Run', 'take_stage', 'is_shards', 'real_source', 'fingerprint',
-           'check_unchanged', 'keep', 'run_texts', 'vocab_size_for', 'read_tokenizer', 'learn_tokenizer',
-           'make_tokenizer', 'found_tokenizer', 'counted', 'n_targets', 'make_tokens', 'open_parts', 'token_parts',
-           'stored_texts', 'plan_stage', 'model_stage', 'until_gap', 'enter', 'take_stages']
+           'settle', 'renew', 'usual_folder', 'cut_tail', 'split_texts', 'Run', 'take_stage', 'is_shards',
+           'real_source', 'fingerprint', 'check_unchanged', 'keep', 'run_texts', 'vocab_size_for', 'read_tokenizer',
+           'learn_tokenizer', 'make_tokenizer', 'found_tokenizer', 'counted', 'n_targets', 'make_tokens', 'open_parts',
+           'token_parts', 'stored_texts', 'plan_stage', 'model_stage', 'until_gap', 'enter', 'take_stages']
 
 # %% ../../nbs/95b_pipeline.run.ipynb #ba2cea78
-import json, math, os, time, warnings
+import json, math, os, re, time, warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
@@ -21,10 +21,9 @@ from typing import Callable, Iterable, Iterator
 import torch
 from ..core import atomic_write, is_online, locked
 from ..data.batches import held_out
-from ..data.shards import SHARDS_HEADER
 from ..data.files import read_texts
-from ..data.shards import Shards, document_boundaries, write_shards
-from .report import short
+from ..data.shards import SHARDS_HEADER, Shards, document_boundaries, write_shards
+from .report import short_number
 from ..tokens.bpe import BPETokenizer, CharTokenizer, load_tokenizer, read_ranks
 from ..train.ranks import lost_process, rank
 from ..train.workers import join_group
@@ -193,6 +192,16 @@ def renew(
         if getattr(given, one) is not None:
             both[other] = None
     return Settings(**both)
+
+# %% ../../nbs/95b_pipeline.run.ipynb #e3a3dd2b
+def usual_folder(
+    data: str,                 # A file, a folder, "world", or a dataset's name
+    suffix: str | None = None, # Another part of the name
+) -> Path:                     # For example runs/shakespeare
+    "Where a run goes when nobody says so."
+    name = Path(data).stem if Path(data).expanduser().exists() else data
+    name = f"{name}-{suffix}" if suffix else name
+    return Path("runs") / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run")
 
 # %% ../../nbs/95b_pipeline.run.ipynb #5634275f
 FEW = 200  # with fewer documents than this, each is cut
@@ -376,7 +385,7 @@ def make_tokenizer(
     n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
     tokenizer = learn_tokenizer(texts + [*more], held, run.settings, n_bytes)
     tokenizer.save(run.folder / "tokenizer.bpe")
-    run.reporter.say(f"tokenizer   {tokenizer.vocab_size} tokens, from {short(n_bytes)}B of text")
+    run.reporter.say(f"tokenizer   {tokenizer.vocab_size} tokens, from {short_number(n_bytes)}B of text")
     return {"source": run.source, "fingerprint": fingerprint(run.settings.data),
             "vocab_size": tokenizer.vocab_size, "bytes": n_bytes}
 
@@ -435,7 +444,7 @@ def make_tokens(
         shards = write_shards(counted(texts, counts), tokenizer, folder, overwrite=True)
         counts["tokens"] = n_targets(shards)
     train, valid = facts["train"]["tokens"], facts["valid"]["tokens"]
-    run.reporter.say(f"tokens      {short(train)} to train on, {short(valid)} held back, "
+    run.reporter.say(f"tokens      {short_number(train)} to train on, {short_number(valid)} held back, "
                      f"{facts['train']['bytes'] / train:.2f} bytes each")
     return facts
 
