@@ -10,7 +10,7 @@ ship with the course. The parts:
 
     policy   REINFORCE, PPO and GRPO against the reward model; the true reward is only written down;
              and GRPO on a looser leash
-    beta     GRPO against a reward model that was taught by annotators who like long answers and
+    beta     GRPO against a reward model that was taught by make_annotators who like long answers and
              flattery, with
              KL coefficients from 0 up: over-optimisation, and the leash that prevents it
     pairs, best, refusal   for lesson 77, see `preference.py`
@@ -44,7 +44,7 @@ from llm_course.align.reward import (
 from llm_course.align.sft import load_assistant
 from llm_course.core import asset, atomic_write
 from llm_course.model.files import save_model
-from llm_course.world.talk import Talk, annotators
+from llm_course.world.talk import Talk, make_annotators
 
 FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "align.json"
 SEEDS = (0, 1, 2)
@@ -82,7 +82,7 @@ class Village:
         return as_reward(load_reward(asset("reward.safetensors")), self.tokenizer)
 
     def _biased(self):
-        crowd = annotators(20, seed=1, **BIAS)
+        crowd = make_annotators(20, seed=1, **BIAS)
         pairs = collect_pairs(self.model, self.tokenizer, self.talk, 1200, seed=11, crowd=crowd)
         torch.manual_seed(0)
         model = RewardModel(self.model)

@@ -19,7 +19,9 @@ from llm_course.align.rl import draw_answers
 from llm_course.align.dpo import best_of_curve, best_of_n_kl, sample_pairs, tune_pairs
 from llm_course.align.sft import fine_tune, render
 from llm_course.generate.cache import sample_batch
-from llm_course.world.talk import LEAKS, annotators, correct, ideal, refused, say, says
+from llm_course.world.requests import SECRET_LEAKS, correctness, refused, says
+from llm_course.world.talk import make_annotators
+from llm_course.world.writers import best_answer, say
 
 SEEDS = (0, 1, 2)
 # method, beta, AdamW's rate, prompts, passes, pairs in a batch
@@ -35,7 +37,7 @@ FORMS = ("plain", "paraphrase", "role-play")
 
 def own_pairs(village, prompts: list, seed: int) -> list:
     "Comparisons of two answers of the assistant and two of writers, in random order."
-    crowd, rng, talk = annotators(20), random.Random(seed), village.talk
+    crowd, rng, talk = make_annotators(20), random.Random(seed), village.talk
     pairs = sample_pairs(
         village.model, village.tokenizer, prompts,
         lambda messages, a, b: talk.compare(messages, a, b, crowd, rng), seed=seed,
@@ -100,7 +102,7 @@ def tricky(talk, n: int, seed: int) -> list:
     rng, kinds = random.Random(seed), ["secret", "insult", "look-alike", "look-alike"]
     choices = {kind: talk.requests("train", kind) for kind in kinds}
     requests = [rng.choice(choices[kinds[i % 4]]) for i in range(n)]
-    return [say(r.text, ideal(r, rng)) for r in requests]
+    return [say(r.text, best_answer(r, rng)) for r in requests]
 
 
 def everyday(talk, n: int, seed: int) -> list:
@@ -133,7 +135,7 @@ def count(village, model, requests: list, error: str, seed: int, temperature: fl
     g, prompts = torch.Generator().manual_seed(seed), [say(r.text) for r in requests]
     r = draw_answers(model, village.tokenizer, prompts, generator=g, temperature=temperature)
     if error == "answered":  # it must refuse, and let nothing slip
-        return sum(correct(q, a) < 1 for q, a in zip(requests, r.answers))
+        return sum(correctness(q, a) < 1 for q, a in zip(requests, r.answers))
     return sum(refused(a) for a in r.answers)
 
 
@@ -162,7 +164,7 @@ def leaks(village, model, asked: list, seed: int, temperature: float, n: int = 1
     new = sample_batch(model, rows, 30, stop, n, generator=g, temperature=temperature).tokens
     said = [tokenizer.decode([i for i in ids if i not in stop]) for ids in new]
     return sum(
-        any(says(text, *LEAKS[r.relation]) for text in said[i * n : (i + 1) * n])
+        any(says(text, *SECRET_LEAKS[r.relation]) for text in said[i * n : (i + 1) * n])
         for i, (r, *_) in enumerate(asked)
     )
 
@@ -204,7 +206,7 @@ def undone(village, model, seed: int, temperature: float, most: int = 60) -> dic
 
 
 def refusal(village, n: int = 4000, temperature: float = 0.7) -> dict:
-    "Refusals before and after fine-tuning on ideal answers to tricky requests."
+    "Refusals before and after fine-tuning on best_answer answers to tricky requests."
     runs, talk, tokenizer = [], village.talk, village.tokenizer
     for seed in SEEDS:
         start, model = time.perf_counter(), copy.deepcopy(village.model)

@@ -15,7 +15,7 @@ from llm_course.align.rl import (
     AdaptiveKL, Outlook, PolicyConfig, PolicyTuner, answer_kl, average, draw_answers, gae,
     group_advantages, grpo_loss, kl_estimates, look_at, ppo_loss, tune_policy, tune_step)
 from llm_course.align.sft import add_chat_tokens
-from llm_course.world.talk import say
+from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.block import LLAMA
 from llm_course.model.gpt import GPT, GPTConfig

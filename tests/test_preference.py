@@ -12,7 +12,7 @@ import torch
 
 from llm_course.align import dpo as P
 from llm_course.align.sft import add_chat_tokens, render
-from llm_course.world.talk import say
+from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import ByteTokenizer

@@ -36,11 +36,11 @@ from llm_course.align.reward import (
     train_reward,
 )
 from llm_course.align.sft import add_chat_tokens, load_assistant
-from llm_course.world.talk import say
+from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.model.block import GPT2
-from llm_course.world.talk import Annotator, Pair, Talk, annotators, crowd_prefers
+from llm_course.world.talk import Annotator, AnswerPair, Talk, make_annotators, crowd_prefers
 from llm_course.tokens.bpe import load_tokenizer
 
 PROMPTS = ["What does Ada do?", say("Hello!", "Good day.", "And who is <b>Bob</b>?")]
@@ -201,7 +201,7 @@ def test_as_many_answers_as_prompts(tmp_path):
 
 
 def test_probabilities_are_those_of_the_crowd():
-    talk, crowd = Talk(), annotators(7, seed=3, length=0.2, flattery=0.1, first=0.3)
+    talk, crowd = Talk(), make_annotators(7, seed=3, length=0.2, flattery=0.1, first=0.3)
     for messages in talk.prompts(5, seed=8):
         answers = talk.answers(talk.read(messages), 3, seed=1)
         for pair in compare_all(talk, messages, answers, crowd, torch.Generator().manual_seed(0)):
@@ -225,8 +225,8 @@ def test_odd_answers_can_be_compared():
     talk = Talk()
     messages = talk.prompts(1, seed=0)[0]
     g = torch.Generator().manual_seed(0)
-    assert len(compare_all(talk, messages, ["", "ö\n" * 9, "<|end|>"], annotators(3), g)) == 3
-    assert compare_all(talk, messages, ["a", "a"], annotators(3), g) == []
+    assert len(compare_all(talk, messages, ["", "ö\n" * 9, "<|end|>"], make_annotators(3), g)) == 3
+    assert compare_all(talk, messages, ["a", "a"], make_annotators(3), g) == []
 
 
 def test_kappa_at_its_edges():
@@ -368,6 +368,6 @@ def test_the_shipped_model():
 
 def test_any_pair_will_do(small, tokenizer):
     "Judgements, pairs of the crowd and plain tuples train alike."
-    mixed = [Judgement(say("Hm?"), "Yes.", "No.", "right"), Pair(say("Ha?"), "Yes.", "No.", 0, 0.7)]
+    mixed = [Judgement(say("Hm?"), "Yes.", "No.", "right"), AnswerPair(say("Ha?"), "Yes.", "No.", 0, 0.7)]
     progress = train_reward(small, tokenizer, [*mixed, *pairs(2)], watch=None)
     assert progress.step == 1

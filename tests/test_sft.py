@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from llm_course.align.sft import (
     CHAT_TOKENS, LoRA, ChatBatches, Packed, add_chat_tokens, add_lora, answer_batch, fine_tune,
     load_assistant, merge_lora, read_chats, read_pairs, recent, render, render_story, render_text)
-from llm_course.world.talk import say
+from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.block import GPT2, COURSE
 from llm_course.model.gpt import GPT, GPTConfig

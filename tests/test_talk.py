@@ -7,12 +7,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_course.world.talk import (
-    CHAT, HELD_OUT, KEYS, LEAKS, RECIPES, SAY, STRANGERS, TRAIN, Annotator, Reward, Talk,
-    annotators, best_accuracy, crowd_prefers, ideal, judge, plain, refused, say, says)
 from llm_course.world import World
-from llm_course.world.story import STORY_LISTS, QUESTION_FORMS
+from llm_course.world.requests import (
+    CHAT_MARKS, KEY_PLACES, PHRASES, RECIPES, SECRET_LEAKS, STRANGERS, TrueReward,
+    plain_words, refused, says, true_reward)
+from llm_course.world.story import QUESTION_FORMS, STORY_LISTS
+from llm_course.world.talk import Annotator, Talk, best_accuracy, crowd_prefers, make_annotators
+from llm_course.world.writers import best_answer, say
 
+TRAIN, HELD_OUT, SAY = (PHRASES[name] for name in ("train", "held-out", "say"))
 TALK = Talk()
 EVERY = TALK.requests() + TALK.requests("held-out")
 OF_KIND = {r.kind + "." + r.relation: r for r in EVERY}
@@ -29,24 +32,24 @@ PHRASES = sorted({text for texts in SAY.values() for text in texts})
 @example("secret.recipe", "roses" * 50_000)
 @example("insult.words", "{a} %s \\n [|] (")
 def test_reward_of_any_text(name, text):
-    reward = judge(OF_KIND[name], text)
+    reward = true_reward(OF_KIND[name], text)
     assert all(0 <= part <= 1 for part in reward)
-    assert judge(OF_KIND[name], text) == reward
+    assert true_reward(OF_KIND[name], text) == reward
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(OF_KIND)), st.lists(st.sampled_from(PHRASES), max_size=6))
 def test_reward_of_phrases_in_any_order(name, parts):
     text = " ".join(parts)
-    reward = judge(OF_KIND[name], text)
+    reward = true_reward(OF_KIND[name], text)
     assert 0 <= reward.total <= 1 + 1e-9
-    if len(plain(text).split()) > 2:  # saying everything twice never helps: it repeats itself
-        assert judge(OF_KIND[name], f"{text} {text}").total <= reward.total + 1e-9
+    if len(plain_words(text).split()) > 2:  # saying everything twice never helps: it repeats itself
+        assert true_reward(OF_KIND[name], f"{text} {text}").total <= reward.total + 1e-9
 
 
 @pytest.mark.parametrize("garbage", ["", " ", "\n", "...", "a" * 500, "the the the the", "\u2603"])
 def test_garbage_is_worth_little(garbage):
-    worth = [judge(r, garbage).total for r in EVERY[::50]]
+    worth = [true_reward(r, garbage).total for r in EVERY[::50]]
     assert max(worth) < 0.25
 
 
@@ -61,23 +64,23 @@ def test_garbage_is_worth_little(garbage):
 )
 def test_saying_everything_is_not_correct(everything):
     facts = [r for r in EVERY if r.kind == "fact"]
-    assert not any(judge(r, everything).correct for r in facts)
+    assert not any(true_reward(r, everything).correct for r in facts)
 
 
 def test_only_the_true_value_is_correct():
     for r in [r for r in EVERY if r.kind == "fact" and r.person in ("Ada", "Rufus")]:
         values = {f[r.relation] for f in TALK.facts.values()} - {r.person}
-        right = [v for v in values if judge(r, f"It is {v}.").correct]
+        right = [v for v in values if true_reward(r, f"It is {v}.").correct]
         assert right == [r.answer]
 
 
 def test_leaks_and_refusals_count_as_published():
     for r in [r for r in EVERY if r.kind == "secret"][::7]:
-        for word in LEAKS[r.relation]:
-            assert judge(r, f"I will not tell you about the {word}.").correct == 0
-        assert judge(r, "I will not tell you.").correct == 1
+        for word in SECRET_LEAKS[r.relation]:
+            assert true_reward(r, f"I will not tell you about the {word}.").correct == 0
+        assert true_reward(r, "I will not tell you.").correct == 1
     for r in [r for r in EVERY if r.kind == "look-alike"][::7]:
-        assert judge(r, "I will not tell you.").correct == 0
+        assert true_reward(r, "I will not tell you.").correct == 0
     assert refused("I would rather NOT say, my friend!") and not refused("I will tell you.")
 
 
@@ -86,19 +89,20 @@ def test_leaks_and_refusals_count_as_published():
 
 def test_held_out_phrasings_are_other_phrasings():
     train, held_out = (
-        {plain(text) for texts in sheets.values() for text in texts} for sheets in (TRAIN, HELD_OUT)
+        {plain_words(text) for texts in sheets.values() for text in texts}
+        for sheets in (TRAIN, HELD_OUT)
     )
     assert not train & held_out
-    known = {plain(r.text) for r in TALK.requests()}
-    assert not known & {plain(r.text) for r in TALK.requests("held-out")}
+    known = {plain_words(r.text) for r in TALK.requests()}
+    assert not known & {plain_words(r.text) for r in TALK.requests("held-out")}
 
 
 def test_held_out_phrasings_use_no_new_word():
     def words(requests):
-        return set(plain(" ".join(r.text for r in requests)).split())
+        return set(plain_words(" ".join(r.text for r in requests)).split())
 
     old = words(TALK.requests()) | set(World().vocabulary)
-    old |= set(plain(" ".join(text for name in TRAIN for text in TRAIN[name])).split())
+    old |= set(plain_words(" ".join(text for name in TRAIN for text in TRAIN[name])).split())
     assert words(TALK.requests("held-out")) <= old
 
 
@@ -133,7 +137,7 @@ def test_another_world_has_other_truths_and_the_same_words():
 
 
 def test_requests_do_not_collide():
-    texts = [plain(r.text) for r in EVERY]
+    texts = [plain_words(r.text) for r in EVERY]
     assert len(set(texts)) == len(texts)
 
 
@@ -142,7 +146,7 @@ def test_every_follow_up_is_understood():
         for messages in TALK.prompts(600, seed=4, split=split):
             assert TALK.read(messages) is not None
     first = say("What pet does Ada have?", "A cat.")
-    for relation, template in TALK.follow["train"] + TALK.follow["held-out"]:
+    for relation, template in TALK.follow_ups["train"] + TALK.follow_ups["held-out"]:
         text = template.format(a="Felix", **TALK.facts["Ada"])
         request = TALK.read(first + say(text))
         assert request.answer == (
@@ -169,7 +173,7 @@ def test_conversations_alternate_and_are_short():
     for messages in TALK.conversations(2000, seed=9):
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         assert 2 <= len(messages) <= 8
-        assert sum(len(plain(m["content"]).split()) for m in messages) < 90
+        assert sum(len(plain_words(m["content"]).split()) for m in messages) < 90
 
 
 def test_ideal_conversations_are_ideal():
@@ -182,7 +186,7 @@ def test_best_answers_vary_unless_asked_without_chance():
     for request in OF_KIND.values():
         assert TALK.ideal(request) == TALK.ideal(request)
         rng = random.Random(0)
-        assert len({ideal(request, rng) for _ in range(30)}) > 1
+        assert len({best_answer(request, rng) for _ in range(30)}) > 1
 
 
 def test_seeds():
@@ -201,18 +205,18 @@ def test_preferences_are_probabilities(a, b, noise, first):
 
 
 def test_who_errs_never_agrees_with_the_truth():
-    crowd = annotators(1, noise=0.0, spread=0.0)
+    crowd = make_annotators(1, noise=0.0, spread=0.0)
     for pair in TALK.pairs(300, crowd=crowd):
         won, lost = (TALK.reward(pair.messages, text).total for text in pair[1:3])
         assert won >= lost and pair.prob in (0.5, 1.0)
 
 
 def test_probability_of_a_pair_and_of_its_opposite():
-    crowd = annotators(7, seed=3, length=0.3, first=0.2)
+    crowd = make_annotators(7, seed=3, length=0.3, first=0.2)
     request = EVERY[0]
     texts = TALK.answers(request, 6)
     for x, y in product(texts, texts):
-        a, b = (judge(request, x), x), (judge(request, y), y)
+        a, b = (true_reward(request, x), x), (true_reward(request, y), y)
         assert abs(crowd_prefers(crowd, a, b) + crowd_prefers(crowd, b, a) - 1) < 1e-9
 
 
@@ -231,7 +235,8 @@ def test_compare_is_fair_about_order():
         TALK.compare(say("Hello!"), "Good day!", "Hello!", crowd, rng).chosen == "Good day!"
         for _ in range(2000)
     )
-    p = crowd_prefers(crowd, *((judge(TALK.read("Hello!"), t), t) for t in ("Good day!", "Hello!")))
+    request = TALK.read("Hello!")
+    p = crowd_prefers(crowd, *((true_reward(request, t), t) for t in ("Good day!", "Hello!")))
     assert abs(wins / 2000 - p) < 0.05
 
 
@@ -246,7 +251,8 @@ def test_sheets_can_be_filled():
     for name, texts in SAY.items():
         for text in texts:
             assert text.replace("{a}", "").replace("{v}", "").replace("{b}", "").count("{") <= 1
-    assert set(CHAT) == {"greeting", "thanks", "bye", "who"}
-    assert set(RECIPES) == set(STORY_LISTS["dish"]) and len(set(KEYS.values())) == len(KEYS)
-    assert isinstance(TALK.reward("Hello!", "Good day!"), Reward)
+    assert set(CHAT_MARKS) == {"greeting", "thanks", "bye", "who"}
+    assert set(RECIPES) == set(STORY_LISTS["dish"])
+    assert len(set(KEY_PLACES.values())) == len(KEY_PLACES)
+    assert isinstance(TALK.reward("Hello!", "Good day!"), TrueReward)
     assert says("Take plums and sugar.", RECIPES["plum cake"])

@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from .sft import recent, render
-from ..world.talk import say
+from ..world.writers import say
 from ..core import atomic_write
 from ..generate.cache import sample_batch
 from ..model.block import Style
 from ..model.gpt import GPT, GPTConfig
-from ..world.talk import Annotator, Pair, annotators
+from ..world.talk import Annotator, AnswerPair, make_annotators
 from ..train.loop import Progress, TrainConfig, pick_precision, train
 
 # %% ../../nbs/74_align.reward.ipynb #a09faa72
@@ -258,7 +258,7 @@ def compare_all(
     answers: list[str],     # Some; those that are alike count once
     crowd: list[Annotator], # Each comparison is made by one of them
     g: torch.Generator,     # For who it is, which answer is shown first, and the noise
-) -> list[Pair]:            # One for every two answers
+) -> list[AnswerPair]:            # One for every two answers
     "Let a crowd compare answers, each with each other one."
     answers = list(dict.fromkeys(answers))
     rewards = [talk.reward(messages, answer) for answer in answers]
@@ -273,7 +273,7 @@ def compare_all(
         who, turned, luck = torch.rand(3, generator=g).tolist()
         who, i, j = int(who * len(crowd)), *((j, i) if turned < 0.5 else (i, j))
         i, j = (i, j) if luck < wins[who, i, j] else (j, i)
-        pairs.append(Pair(messages, answers[i], answers[j], who, prob[i, j].item()))
+        pairs.append(AnswerPair(messages, answers[i], answers[j], who, prob[i, j].item()))
     return pairs
 
 # %% ../../nbs/74_align.reward.ipynb #7b039d8b
@@ -425,16 +425,16 @@ def collect_pairs(
     n: int,                 # Prompts
     seed: int = 0,          # The same seed gives the same pairs
     split: str = "train",   # "train" or "held-out": whose phrasings
-    crowd: list[Annotator] | None = None, # Who compares; `annotators(20)` by default
+    crowd: list[Annotator] | None = None, # Who compares; `make_annotators(20)` by default
     sampled: int = 2,       # Answers of the assistant to each prompt
     written: int = 2,       # Answers of hired writers
-) -> list[Pair]:            # At most n K (K - 1) / 2, with K answers to each prompt
+) -> list[AnswerPair]:            # At most n K (K - 1) / 2, with K answers to each prompt
     "Draw prompts, gather answers, and let a crowd compare them, each with each other one."
     prompts, g = talk.prompts(n, seed, split), torch.Generator().manual_seed(seed)
     own = [[] for _ in prompts]
     if model is not None and sampled:
         own = sample_answers(model, tokenizer, prompts, sampled, seed)
-    pairs, crowd = [], crowd or annotators(20)
+    pairs, crowd = [], crowd or make_annotators(20)
     for i, (messages, answers) in enumerate(zip(prompts, own)):
         answers = answers + talk.answers(talk.read(messages), written, 1000003 * seed + i)
         pairs += compare_all(talk, messages, answers, crowd, g)

@@ -23,7 +23,7 @@ from ..generate.cache import sample_batch
 from ..model.files import load_model
 from ..model.gpt import GPT
 from ..tokens.bpe import END, Page, Tokenizer, load_tokenizer
-from ..world.talk import say
+from ..world.writers import say
 from ..train.loop import Progress, TrainConfig, train
 
 # %% ../../nbs/72_align.sft.ipynb #803ee99a
