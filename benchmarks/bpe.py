@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from llm_course.tokens.bpe import PATTERNS, BPETokenizer
+from llm_course.tokens.bpe import SPLIT_PATTERNS, BPETokenizer
 
 ROUNDS = 7
-PATTERN = PATTERNS["gpt4"]
+PATTERN = SPLIT_PATTERNS["gpt4"]
 
 
 def read_text() -> str:

@@ -46,7 +46,8 @@ try:
     from llm_course.data.shards import memory_shards
     from llm_course.model.block import COURSE, GPT2
     from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
-    from llm_course.tokens.bpe import BPETokenizer, read_gpt2_ranks
+    from llm_course.tokens.bpe import BPETokenizer
+    from llm_course.tokens.formats import read_gpt2_ranks
     from llm_course.train.loop import TrainConfig, Trainer, train, train_step
     from llm_course.train.scale import (
         best_seconds,

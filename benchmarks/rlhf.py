@@ -43,7 +43,7 @@ def prepare(folder: Path, batch: int, group: int) -> None:
     from llm_course.model.files import save_model
     from llm_course.model.gpt import GPT, GPTConfig
     from llm_course.world.talk import Talk
-    from llm_course.tokens.bpe import load_tokenizer
+    from llm_course.tokens.exchange import load_tokenizer
 
     tokenizer, _ = add_chat_tokens(load_tokenizer(asset("story.bpe")))
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def ours(folder: Path, steps: int, method: str, precision: str) -> list:
     from llm_course.align.sft import add_chat_tokens
     from llm_course.core import asset
     from llm_course.model.files import load_model
-    from llm_course.tokens.bpe import load_tokenizer
+    from llm_course.tokens.exchange import load_tokenizer
     from llm_course.train.loop import keep_memory
 
     keep_memory()

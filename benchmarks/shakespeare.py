@@ -38,7 +38,7 @@ from torch import nn
 from llm_course.data.batches import DocumentBatches, RandomWindows, one_pass
 from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.tokens.bpe import CharTokenizer
+from llm_course.tokens.text import CharTokenizer
 from llm_course.train.loop import TrainConfig, evaluate, train
 
 TARGET, CONTEXT = 1.88, 64

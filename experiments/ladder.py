@@ -44,7 +44,7 @@ from llm_course.data.batches import DocumentBatches, RandomWindows, one_pass
 from llm_course.data.shards import memory_shards
 from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.tokens.bpe import CharTokenizer
+from llm_course.tokens.text import CharTokenizer
 from llm_course.train.loop import (
     PRECISIONS,
     TrainConfig,

@@ -491,7 +491,8 @@ def test_train_takes_ready_shards_with_the_tokenizer_beside_them(text, trained):
 
 
 def test_train_takes_a_tokenizer_from_a_file(text, trained):
-    from llm_course.tokens.bpe import BPETokenizer, write_ranks
+    from llm_course.tokens.bpe import BPETokenizer
+    from llm_course.tokens.formats import write_ranks
     ranks = {bytes([b]): b for b in range(256)} | {b"The ": 256, b" the": 257}
     write_ranks(ranks, text.parent / "mine.tiktoken")
     output = call("train", "--data", "rhyme.txt", "--out", "run", *SMALL, "--tokenizer", "mine.tiktoken")
@@ -575,7 +576,7 @@ def test_shipped_model_is_close_to_the_floor_and_writes():
 @pytest.mark.slow
 def test_shipped_model_can_be_made_again(tmp_path):
     from llm_course.model.files import load_model
-    from llm_course.tokens.bpe import load_tokenizer
+    from llm_course.tokens.exchange import load_tokenizer
     loaded = shipped()
     subprocess.run([sys.executable, ROOT / "benchmarks" / "world_floor.py", "--seeds", "1", "--save", tmp_path],
                    check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -15,7 +15,7 @@ from llm_course.data.batches import RandomWindows
 from llm_course.data.shards import memory_shards
 from llm_course.model.block import COURSE
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.tokens.bpe import CharTokenizer
+from llm_course.tokens.text import CharTokenizer
 from llm_course.train.loop import TrainConfig, train
 
 LADDER = json.loads(asset("ladder.json").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from llm_course.data.batches import DocumentBatches, RandomWindows
 from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.tokens.bpe import CharTokenizer
+from llm_course.tokens.text import CharTokenizer
 from llm_course.train.checkpoint import checkpoints_in, read_checkpoint
 from llm_course.train.loop import TrainConfig, train
 from llm_course.train.ranks import rank

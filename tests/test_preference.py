@@ -15,7 +15,7 @@ from llm_course.align.sft import add_chat_tokens, render
 from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.tokens.bpe import ByteTokenizer
+from llm_course.tokens.text import ByteTokenizer
 
 METHODS = list(P.METHODS)
 

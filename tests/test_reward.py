@@ -41,7 +41,7 @@ from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.model.block import GPT2
 from llm_course.world.talk import Annotator, AnswerPair, Talk, make_annotators, crowd_prefers
-from llm_course.tokens.bpe import load_tokenizer
+from llm_course.tokens.exchange import load_tokenizer
 
 PROMPTS = ["What does Ada do?", say("Hello!", "Good day.", "And who is <b>Bob</b>?")]
 ANSWERS = [("Ada bakes.", "No."), ("A <i>friend</i>.", "")]

@@ -22,7 +22,7 @@ from llm_course.model.attention import attend, mask_bias
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.files import load_model, save_model
 from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
-from llm_course.tokens.bpe import CharTokenizer
+from llm_course.tokens.text import CharTokenizer
 from llm_course.train import scale
 from llm_course.train.loop import TrainConfig, Trainer, summed_loss, train, train_step
 from llm_course.train.optim import adamw_optimizer, course_optimizer, split_params

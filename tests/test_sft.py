@@ -16,7 +16,8 @@ from llm_course.core import asset
 from llm_course.model.block import GPT2, COURSE
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.world.talk import Talk
-from llm_course.tokens.bpe import BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
+from llm_course.tokens.bpe import BPETokenizer
+from llm_course.tokens.text import ByteTokenizer, CharTokenizer, WordTokenizer
 from llm_course.train.loop import floor_excess
 from llm_course.world import World
 

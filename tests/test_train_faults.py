@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from llm_course.data.batches import RandomWindows
 from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.tokens.bpe import CharTokenizer
+from llm_course.tokens.text import CharTokenizer
 from llm_course.train.checkpoint import checkpoints_in, read_checkpoint, write_checkpoint
 from llm_course.train.loop import TrainConfig, Trainer, load_checkpoint, resume, train, train_step
 

@@ -22,7 +22,9 @@ from ..data.shards import Shards
 from ..generate.cache import sample_batch
 from ..model.files import load_model
 from ..model.gpt import GPT
-from ..tokens.bpe import END, Page, Tokenizer, load_tokenizer
+from ..tokens.exchange import load_tokenizer
+from ..tokens.show import Page
+from ..tokens.text import END_OF_TEXT, Tokenizer
 from ..world.writers import say
 from ..train.loop import Progress, TrainConfig, train
 
@@ -121,7 +123,7 @@ def render_text(
     "The same as one text."
     check_messages(messages)
     said = [f"<|{m['role']}|> {m['content']}<|end|>" for m in messages]
-    return END + "".join(said) + ("<|assistant|>" if reply else "")
+    return END_OF_TEXT + "".join(said) + ("<|assistant|>" if reply else "")
 
 # %% ../../nbs/72_align.sft.ipynb #dddfc4d8
 def show_chat(

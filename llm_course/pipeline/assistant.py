@@ -33,7 +33,8 @@ from .run import (
     STAGES, Run, Settings, fill_in, make_tokenizer, read_json, stored_texts, take_stages,
     token_parts, write_json)
 from ..world.talk import Talk, best_accuracy
-from ..tokens.bpe import Tokenizer, load_tokenizer
+from ..tokens.exchange import load_tokenizer
+from ..tokens.text import Tokenizer
 from ..train.loop import evaluate
 from ..train.plan import Machine
 from ..train.watch import QuietReporter, Reporter

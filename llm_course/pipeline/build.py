@@ -31,7 +31,7 @@ from .assistant import (
 from .run import (
     OF_TEACHING, Run, Settings, counted, flat, keep, n_targets, read_json, stored_texts,
     take_stages, token_parts)
-from ..tokens.bpe import load_tokenizer
+from ..tokens.exchange import load_tokenizer
 from ..train.loop import evaluate
 from ..train.plan import Machine
 from ..train.watch import Reporter, format_duration, read_log

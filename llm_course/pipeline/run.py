@@ -24,7 +24,10 @@ from ..data.batches import held_out
 from ..data.files import read_texts
 from ..data.shards import SHARDS_HEADER, Shards, document_boundaries, write_shards
 from .report import short_number
-from ..tokens.bpe import BPETokenizer, CharTokenizer, load_tokenizer, read_ranks
+from ..tokens.bpe import BPETokenizer
+from ..tokens.exchange import load_tokenizer
+from ..tokens.formats import read_ranks
+from ..tokens.text import CharTokenizer
 from ..train.ranks import lost_process, rank
 from ..train.workers import join_group
 from ..train.plan import (
