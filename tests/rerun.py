@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-QUICK = 0.5
+QUICK = 3
 
 
 def code_cells(path: Path) -> list:
