@@ -27,7 +27,7 @@ from llm_course.evolve.population import low_rank, population_loss
 from llm_course.evolve.search import dense, flatten, shapes_of
 from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
-from llm_course.train.loop import keep_memory
+from llm_course.train.runner import keep_memory
 
 ROUNDS, POPULATION, VOCAB, CONTEXT, SIGMA = 7, 256, 56, 32, 0.05
 STYLE = Style(norm="rms-plain", position="none", activation="relu2", bias=True, init="small")

@@ -24,7 +24,7 @@ from llm_course.generate.cache import sample_batch, stream
 from llm_course.generate.sampling import generate_batch
 from llm_course.model.block import GPT2, LLAMA, hidden_width
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.train.loop import keep_memory
+from llm_course.train.runner import keep_memory
 
 PROMPT = 16
 SHAPES = {  # configuration, new tokens

@@ -103,7 +103,7 @@ def ours(folder: Path, steps: int, method: str, precision: str) -> list:
     from llm_course.core import asset
     from llm_course.model.files import load_model
     from llm_course.tokens.exchange import load_tokenizer
-    from llm_course.train.loop import keep_memory
+    from llm_course.train.runner import keep_memory
 
     keep_memory()
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))

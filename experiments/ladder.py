@@ -46,14 +46,8 @@ from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import CharTokenizer
 from llm_course.train.loop import (
-    PRECISIONS,
-    TrainConfig,
-    evaluate,
-    keep_memory,
-    make_optimizer,
-    pick_precision,
-    rate_factor,
-)
+    PRECISIONS, TrainConfig, evaluate, make_optimizer, pick_precision, rate_factor)
+from llm_course.train.runner import keep_memory
 from llm_course.train.optim import AdamW, clip_grad_norm
 
 TARGET, CONTEXT, SEEDS = 1.92, 64, (0, 1, 2)

@@ -44,7 +44,7 @@ from llm_course.evolve.strategies import CMAES, ES
 from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import CharTokenizer
-from llm_course.train.loop import keep_memory
+from llm_course.train.runner import keep_memory
 from llm_course.world import World
 
 CONTEXT, WIDTHS, ROWS = 32, (8, 16, 32), (4, 16)

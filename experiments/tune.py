@@ -38,7 +38,8 @@ import torch
 from llm_course.core import atomic_write
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import WordTokenizer
-from llm_course.train.loop import TrainConfig, Trainer, evaluate, keep_memory, train_step
+from llm_course.train.loop import TrainConfig, Trainer, evaluate, train_step
+from llm_course.train.runner import keep_memory
 from llm_course.train.optim import AdamW, Muon, OptimizerGroup, split_params
 from llm_course.world import World
 

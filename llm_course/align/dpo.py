@@ -25,7 +25,8 @@ from .reward import pad_rows, render_answer
 from ..model.gpt import GPT
 from ..train.checkpoint import (
     differences, load_weights, tensors_of_group, read_checkpoint, write_checkpoint)
-from ..train.loop import alone, gentle_interrupt, keep_memory, pick_precision
+from ..train.loop import pick_precision
+from ..train.runner import lock_folder, gentle_interrupt, keep_memory
 from ..train.optim import SCHEDULES, AdamW, OptimizerGroup, clip_grad_norm
 
 # %% ../../nbs/77_align.dpo.ipynb #14aa471c
@@ -366,7 +367,7 @@ def _run(
     "Step until the budget is used."
     path = None if folder is None else Path(folder) / "preference.safetensors"
     keep_memory()
-    with gentle_interrupt() as noted, alone(folder):
+    with gentle_interrupt() as noted, lock_folder(folder):
         if path and path.exists():
             resume_pairs_run(t, path)
         while used(t) < 1:

@@ -20,7 +20,8 @@ from ..generate.cache import sample_batch
 from ..model.gpt import GPT
 from ..train.checkpoint import (
     differences, load_weights, tensors_of_group, read_checkpoint, write_checkpoint)
-from ..train.loop import alone, gentle_interrupt, keep_memory, pick_precision
+from ..train.loop import pick_precision
+from ..train.runner import lock_folder, gentle_interrupt, keep_memory
 from ..train.optim import SCHEDULES, AdamW, OptimizerGroup, clip_grad_norm
 
 # %% ../../nbs/75_align.rl.ipynb #6cd38228
@@ -483,7 +484,7 @@ def run_policy(
     "Go on until the budget is used. Ctrl-C saves, then raises `KeyboardInterrupt`."
     path = None if folder is None else Path(folder) / "policy.safetensors"
     keep_memory()
-    with gentle_interrupt() as noted, alone(folder):
+    with gentle_interrupt() as noted, lock_folder(folder):
         if path and path.exists():
             resume_policy(t, path)
         while used(t) < 1:

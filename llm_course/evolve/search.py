@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from ..core import locked
 from ..train.checkpoint import read_checkpoint, write_checkpoint
-from ..train.loop import keep_memory
+from ..train.runner import keep_memory
 
 # %% ../../nbs/60_evolve.search.ipynb #0287d674
 def flatten(

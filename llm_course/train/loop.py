@@ -6,14 +6,12 @@
 __all__ = ['PRECISIONS', 'prepare', 'total_nats', 'count_targets', 'summed_loss', 'evaluate', 'pick_precision', 'LossScale',
            'TrainConfig', 'common_precision', 'Progress', 'Trainer', 'make_optimizer', 'budget_used', 'rate_factor',
            'train_step', 'finish_step', 'finish_gradient', 'check_finite', 'describe', 'run_state', 'save_checkpoint',
-           'load_checkpoint', 'save_numbered', 'resume', 'show_row', 'draw_look', 'make_row', 'look',
-           'gentle_interrupt', 'keep_memory', 'train', 'alone', 'begin', 'after_step', 'settle', 'interrupt', 'finish',
-           'Excess', 'floor_excess']
+           'load_checkpoint', 'save_numbered', 'resume', 'show_row', 'draw_look', 'make_row', 'look', 'train', 'begin',
+           'after_step', 'settle', 'interrupt', 'finish', 'Excess', 'floor_excess']
 
 # %% ../../nbs/41_train.loop.ipynb #37049d0b
-import ctypes, json, math, signal, sys, threading, time
+import json, math, time
 from collections import deque
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import fenced, locked, pick_dtype
+from ..core import fenced, pick_dtype
 from ..data.batches import DocumentBatches, one_pass
 from ..data.shards import memory_shards
 from ..model.gpt import plain_model
@@ -33,6 +31,7 @@ from .optim import (
 from .ranks import (
     add_up_gradients, from_first, hold_back_gradients, is_wrapped, lost_process, rank,
     share_of_batch, start_alike, sum_over_ranks, world_size)
+from .runner import Budget, gentle_interrupt, keep_memory, lock_folder
 
 # %% ../../nbs/41_train.loop.ipynb #831371a0
 def prepare(
@@ -166,10 +165,9 @@ class TrainConfig:
     precision: str = "auto"          # "float32", "bfloat16", "float16", or what is fast here
 
     def __post_init__(self):
-        if (self.steps is None) == (self.minutes is None):
-            raise ValueError("give the budget as either steps=... or minutes=...")
-        if not (self.steps or self.minutes) > 0 or self.accumulate < 1:
-            raise ValueError("steps, minutes and accumulate must be above 0")
+        Budget(self.steps, self.minutes)
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}; it must be at least 1")
         known = {"schedule": list(SCHEDULES), "precision": ["auto", *PRECISIONS]}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
@@ -453,38 +451,6 @@ def look(
             watch(t)
     return better
 
-# %% ../../nbs/41_train.loop.ipynb #16afee04
-@contextmanager
-def gentle_interrupt() -> Iterator[list]: # Fills when somebody asked to stop
-    "Note the first Ctrl-C, or request to end; let the second Ctrl-C through."
-    noted = []
-
-    def note(number, frame):
-        if number in noted and number == signal.SIGINT and world_size() == 1:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield noted  # only the main thread hears Ctrl-C
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-# %% ../../nbs/41_train.loop.ipynb #a527644f
-def keep_memory() -> None:
-    "Let Linux's C library keep freed memory for the next step: about 5 % on a CPU, see the ladder."
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not give memory back
-            libc.mallopt(-3, 2**30)      # M_MMAP_THRESHOLD: nor ask for it piece by piece
-        except (AttributeError, OSError):
-            pass  # another C library
-
 # %% ../../nbs/41_train.loop.ipynb #8ef247ce
 def train(
     model: nn.Module,                  # tokens (B, T) -> logits (B, T, V); trained in place
@@ -499,7 +465,7 @@ def train(
     curve = None,                      # A `LiveCurve`
 ) -> Progress:                         # What happened
     "Train a model, or go on training it. Ctrl-C saves, then raises `KeyboardInterrupt`."
-    with gentle_interrupt() as noted, alone(folder), lost_process(folder):
+    with gentle_interrupt() as noted, lock_folder(folder), lost_process(folder):
         t = begin(Trainer(model, batches, config), folder, valid, patience)
         while not t.progress.stopped:
             train_step(t)
@@ -511,13 +477,6 @@ def train(
             if asked:
                 interrupt(t, folder)
         return finish(t, curve)
-
-# %% ../../nbs/41_train.loop.ipynb #9da07b3e
-def alone(
-    folder: str | Path | None, # Where the run saves
-):                             # A context
-    "Keep other runs out of the folder."
-    return locked(folder) if folder and rank() == 0 else nullcontext()
 
 # %% ../../nbs/41_train.loop.ipynb #3fe02003
 def begin(

@@ -1,0 +1,137 @@
+"""One runner and one budget for every job: configurations, the clock, and checkpoints by name."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_course.data.batches import RandomWindows
+from llm_course.data.shards import memory_shards
+from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.tokens.text import CharTokenizer
+from llm_course.train.checkpoint import CheckpointFiles, read_checkpoint
+from llm_course.train.loop import TrainConfig, train
+from llm_course.train.runner import Budget, Job, resume_job, run_job
+
+BUDGETS = {"Budget": Budget, "TrainConfig": TrainConfig}
+
+
+@pytest.mark.parametrize("kind", BUDGETS.values(), ids=BUDGETS)
+def test_a_budget_is_exactly_one_number(kind):
+    with pytest.raises(ValueError, match="give the budget as either .*none of them"):
+        kind()
+    with pytest.raises(ValueError, match="give the budget as either .*got .*5"):
+        kind(steps=5, minutes=1)
+    for wrong in ({"steps": 0}, {"minutes": -1}):
+        with pytest.raises(ValueError, match="must be above 0"):
+            kind(**wrong)
+    assert kind(steps=5).minutes is None and kind(minutes=1).steps is None
+
+
+class Count(Job):
+    "Counts, slowly if wanted."
+
+    def __init__(self, seed: int = 0, pause: float = 0.0, **budget):
+        self.budget, self.seed, self.pause, self.looks = Budget(**budget), seed, pause, []
+
+    def take_step(self):
+        time.sleep(self.pause)
+        self.step += 1
+
+    def settings(self):
+        return {"seed": self.seed}
+
+    def state(self):
+        return {}, {"step": self.step, "seconds": self.seconds, "looks": self.looks}
+
+    def load_state(self, tensors, facts):
+        self.step, self.seconds, self.looks = facts["step"], facts["seconds"], facts["looks"]
+
+    def evaluate(self):
+        self.looks.append(self.step)
+
+
+def make_training(seed: int = 0):
+    torch.manual_seed(0)
+    text = "The quick brown fox jumps over the lazy dog. " * 20
+    tokenizer = CharTokenizer.train([text])
+    model = GPT(GPTConfig(tokenizer.vocab_size, 16, 16, n_layers=1, n_heads=1))
+    return model, RandomWindows(memory_shards([text], tokenizer), 2, 16, seed=seed)
+
+
+def run_training(folder=None, seed=0, **budget):
+    model, batches = make_training(seed)
+    return train(model, batches, TrainConfig(**budget), folder=folder, eval_every=2, watch=None).step
+
+
+def run_count(folder=None, seed=0, **budget):
+    return run_job(Count(seed, 0.01, **budget), folder, save_every=2).step
+
+
+KINDS = {"count": run_count, "train": run_training}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_minutes_alone_obey_the_clock(kind):
+    start = time.perf_counter()
+    steps = kind(minutes=1 / 60)
+    assert steps > 1 and 0.9 < time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_checkpoint_names_the_seed_that_differs(kind, tmp_path):
+    assert kind(tmp_path, steps=2) == 2
+    with pytest.raises(ValueError, match="seed was 0 and is 5"):
+        kind(tmp_path, seed=5, steps=2)
+    assert kind(tmp_path, steps=2) == 2
+
+
+def test_looks_and_checkpoints_have_their_cadences(tmp_path):
+    saved = []
+    job = Count(steps=7)
+    run_job(job, tmp_path, "count", keep=9, save_every=2, eval_every=3, watch=saved.append)
+    assert job.looks == [3, 6, 7] and len(saved) == 7
+    names = [int(path.stem.split("-")[1]) for path in CheckpointFiles(tmp_path, "count", 9).paths()]
+    assert names == [2, 4, 6, 7]
+
+
+def test_a_pause_does_not_count(tmp_path):
+    run_job(Count(steps=2, pause=0.1), tmp_path)
+    seconds = read_checkpoint(tmp_path / "run.safetensors")[1]["seconds"]
+    time.sleep(0.5)
+    job = Count(minutes=math.inf, pause=0.01)
+    resume_job(job, CheckpointFiles(tmp_path, "run"))
+    assert job.seconds == seconds < 0.4
+    job.budget = Budget(steps=3)
+    assert run_job(job, tmp_path).seconds < seconds + 0.4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to the whole console")
+@pytest.mark.parametrize("which", ["SIGINT", "SIGTERM"])
+def test_one_signal_saves_and_says_how_to_go_on(tmp_path, which):
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(tmp_path / "run")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not (tmp_path / "run" / "begun").exists():
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, which))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "KeyboardInterrupt" in err
+    assert out.count("Stopped after step") == 1 and "same folder" in out
+    step = int(out.split("after step ")[1].split(",")[0])
+    assert read_checkpoint(tmp_path / "run" / "run.safetensors")[1]["step"] == step
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    run_job(
+        Count(minutes=1, pause=0.01), place, save_every=10**6,
+        watch=lambda job: (place / "begun").touch(),
+    )  # fmt: skip
