@@ -10,7 +10,7 @@ ship with the course. The parts:
 
     policy   REINFORCE, PPO and GRPO against the reward model; the true reward is only written down;
              and GRPO on a looser leash
-    beta     GRPO against a reward model that was taught by make_annotators who like long answers and
+    beta     GRPO against a reward model that was taught by people who like long answers and
              flattery, with
              KL coefficients from 0 up: over-optimisation, and the leash that prevents it
     pairs, best, refusal   for lesson 77, see `preference.py`

@@ -206,7 +206,7 @@ def undone(village, model, seed: int, temperature: float, most: int = 60) -> dic
 
 
 def refusal(village, n: int = 4000, temperature: float = 0.7) -> dict:
-    "Refusals before and after fine-tuning on best_answer answers to tricky requests."
+    "Refusals before and after fine-tuning on the best answers to tricky requests."
     runs, talk, tokenizer = [], village.talk, village.tokenizer
     for seed in SEEDS:
         start, model = time.perf_counter(), copy.deepcopy(village.model)

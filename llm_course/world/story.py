@@ -124,7 +124,7 @@ def ask_fact(
     facts: dict,   # From `make_facts`
     person: str,   # About whom
     relation: str, # What: a key of `QUESTION_FORMS`
-) -> FactQuestion:     # With the true answer and all false ones
+) -> FactQuestion: # With the true answer and all false ones
     "A question about one fact. Raises `ValueError` for an unknown relation."
     if relation not in QUESTION_FORMS:
         raise ValueError(f"relation {relation!r} is unknown; choose from {list(QUESTION_FORMS)}")
