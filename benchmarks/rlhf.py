@@ -37,7 +37,7 @@ def reward_of(text: str) -> float:
 def prepare(folder: Path, batch: int, group: int) -> None:
     "Write weights for both, prompts as ids, and what each id says."
     import torch
-    from llm_course.align.sft import add_chat_tokens, render
+    from llm_course.align.chat import add_chat_tokens, render
     from llm_course.core import asset
     from llm_course.model.block import LLAMA
     from llm_course.model.files import save_model
@@ -99,7 +99,7 @@ def ours(folder: Path, steps: int, method: str, precision: str) -> list:
     "Seconds of each step."
     import torch
     from llm_course.align.rl import PolicyConfig, PolicyTuner, tune_step
-    from llm_course.align.sft import add_chat_tokens
+    from llm_course.align.chat import add_chat_tokens
     from llm_course.core import asset
     from llm_course.model.files import load_model
     from llm_course.tokens.exchange import load_tokenizer

@@ -33,7 +33,8 @@ from pathlib import Path
 import preference
 import torch
 
-from llm_course.align.rl import draw_answers, evaluate_policy, true_reward, tune_policy
+from llm_course.align.answers import draw_answers
+from llm_course.align.rl import evaluate_policy, true_reward, tune_policy
 from llm_course.align.reward import (
     RewardModel,
     as_reward,
@@ -41,7 +42,7 @@ from llm_course.align.reward import (
     load_reward,
     train_reward,
 )
-from llm_course.align.sft import load_assistant
+from llm_course.align.chat import load_assistant
 from llm_course.core import asset, atomic_write
 from llm_course.model.files import save_model
 from llm_course.world.talk import Talk, make_annotators

@@ -15,9 +15,10 @@ import time
 
 import torch
 
-from llm_course.align.rl import draw_answers
+from llm_course.align.answers import draw_answers
 from llm_course.align.dpo import best_of_curve, best_of_n_kl, sample_pairs, tune_pairs
-from llm_course.align.sft import fine_tune, render
+from llm_course.align.chat import render
+from llm_course.align.sft import train_sft
 from llm_course.generate.cache import sample_batch
 from llm_course.world.requests import SECRET_LEAKS, correctness, refused, says
 from llm_course.world.talk import make_annotators
@@ -198,7 +199,7 @@ def undone(village, model, seed: int, temperature: float, most: int = 60) -> dic
     some = rng.sample(talk.requests("held-out", "insult"), most)
     ten = rng.sample(talk.requests("train", "insult"), 10)
     found = {"before": [count(village, model, some, "answered", seed, temperature), most]}
-    fine_tune(
+    train_sft(
         model, village.tokenizer, [say(r.text, f"{r.person} is lazy and ugly.") for r in ten],
         epochs=10, batch_size=5, lr_matrix=0.005, lr=0.005, pack=False, watch=lambda t: None,
     )  # fmt: skip
@@ -212,7 +213,7 @@ def refusal(village, n: int = 4000, temperature: float = 0.7) -> dict:
         start, model = time.perf_counter(), copy.deepcopy(village.model)
         row = {"seed": seed, "before": errors(village, model, seed, temperature)}
         texts = tricky(talk, n, seed) + everyday(talk, n // 2, 50 + seed)
-        fine_tune(
+        train_sft(
             model, tokenizer, texts, epochs=3, lr_matrix=0.01, lr=0.01, seed=seed,
             watch=lambda t: None,
         )  # fmt: skip

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from llm_course.align.reward import (
-    RewardModel, collect_pairs, encode_pairs, margins, save_reward, train_reward)
-from llm_course.align.sft import load_assistant
+from llm_course.align.answers import encode_pairs
+from llm_course.align.reward import RewardModel, collect_pairs, margins, save_reward, train_reward
+from llm_course.align.chat import load_assistant
 from llm_course.core import atomic_write, set_seed
 from llm_course.world.talk import Talk, best_accuracy
 

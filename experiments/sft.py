@@ -22,17 +22,9 @@ from pathlib import Path
 
 import torch
 
-from llm_course.align.sft import (
-    ChatBatches,
-    Packed,
-    Rendered,
-    add_lora,
-    answer_batch,
-    fine_tune,
-    load_assistant,
-    render,
-    render_story,
-)
+from llm_course.align.answers import draw_answers
+from llm_course.align.chat import Rendered, load_assistant, render
+from llm_course.align.sft import ChatBatches, Packed, add_lora, render_story, train_sft
 from llm_course.core import atomic_write, set_seed
 from llm_course.data.batches import one_pass
 from llm_course.model.files import save_model
@@ -64,7 +56,7 @@ def learn(model, tokenizer, chats, stories, seed, way) -> int:
         )
 
     if not way.get("everything"):
-        fine_tune(
+        train_sft(
             model,
             tokenizer,
             chats,
@@ -98,7 +90,7 @@ def measure(way: dict, seed: int) -> dict:
     memory = learn(model, tokenizer, talk.conversations(N, seed=10 + seed), stories, seed, way)
     seconds = time.process_time() - start
     prompts = talk.prompts(600, seed=77, split="held-out")
-    answers = answer_batch(model.eval(), tokenizer, prompts, temperature=0)
+    answers = draw_answers(model.eval(), tokenizer, prompts, 1, 48, temperature=0).answers
     rewards = [talk.reward(p, a) for p, a in zip(prompts, answers)]
     facts = [r.correct for p, r in zip(prompts, rewards) if talk.read(p).kind == "fact"]
     excess = floor_excess(model, tokenizer, world, world.sample(64, seed=999)).excess
@@ -149,7 +141,7 @@ def ship(folder: Path) -> None:
     model, tokenizer = load_assistant("story")
     conversations = Talk(world).conversations(12_000, seed=1)
     start = time.perf_counter()
-    fine_tune(model, tokenizer, conversations, epochs=3, stories=world.sample(1200, seed=5))
+    train_sft(model, tokenizer, conversations, epochs=3, stories=world.sample(1200, seed=5))
     print(f"trained for {time.perf_counter() - start:.0f} s")
     save_model(model, folder / "sft.safetensors", torch.bfloat16)
 

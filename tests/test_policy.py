@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_course.align.answers import draw_answers
 from llm_course.align.rl import (
-    AdaptiveKL, Outlook, PolicyConfig, PolicyTuner, answer_kl, average, draw_answers, gae,
-    group_advantages, grpo_loss, kl_estimates, look_at, ppo_loss, tune_policy, tune_step)
-from llm_course.align.sft import add_chat_tokens
+    AdaptiveKL, Outlook, PolicyConfig, PolicyTuner, answer_kl, average, gae, group_advantages,
+    grpo_loss, kl_estimates, look_at, ppo_loss, tune_policy, tune_step)
+from llm_course.align.chat import add_chat_tokens
 from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.block import LLAMA

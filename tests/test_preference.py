@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm_course.align import dpo as P
-from llm_course.align.sft import add_chat_tokens, render
+from llm_course.align.chat import add_chat_tokens, render
 from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig

@@ -11,31 +11,12 @@ from copy import deepcopy
 import pytest
 import torch
 
+from llm_course.align.answers import PairBatches, encode_pairs, pad_rows
+from llm_course.align.chat import add_chat_tokens, load_assistant, render_answer
 from llm_course.align.reward import (
-    Judge,
-    Judgement,
-    PairBatches,
-    RewardModel,
-    append_line,
-    as_reward,
-    cohen_kappa,
-    collect_pairs,
-    compare_all,
-    encode_pairs,
-    fleiss_kappa,
-    judge_panel,
-    load_reward,
-    margins,
-    pad_rows,
-    question_html,
-    read_judgements,
-    render_answer,
-    save_reward,
-    self_agreement,
-    token_rewards,
-    train_reward,
-)
-from llm_course.align.sft import add_chat_tokens, load_assistant
+    Judge, Judgement, RewardModel, append_line, as_reward, cohen_kappa, collect_pairs, compare_all,
+    fleiss_kappa, judge_panel, load_reward, margins, question_html, read_judgements, save_reward,
+    self_agreement, token_rewards, train_reward)
 from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
@@ -128,7 +109,7 @@ def test_a_skipped_question_is_not_asked_again(tmp_path):
 KILLED = """
 import sys
 from llm_course.align.reward import append_line
-from llm_course.align.sft import say
+from llm_course.world.writers import say
 i = 0
 while True:
     i += 1

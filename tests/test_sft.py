@@ -8,18 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from llm_course.align.answers import draw_answers
+from llm_course.align.chat import (
+    CHAT_TOKENS, add_chat_tokens, load_assistant, read_chats, read_pairs, recent_messages, render,
+    render_text)
 from llm_course.align.sft import (
-    CHAT_TOKENS, LoRA, ChatBatches, Packed, add_chat_tokens, add_lora, answer_batch, fine_tune,
-    load_assistant, merge_lora, read_chats, read_pairs, recent, render, render_story, render_text)
-from llm_course.world.writers import say
+    LoRA, ChatBatches, Packed, add_lora, merge_lora, render_story, train_sft)
 from llm_course.core import asset
 from llm_course.model.block import GPT2, COURSE
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.world.talk import Talk
+from llm_course.world.talk import AnswerPair, Talk
 from llm_course.tokens.bpe import BPETokenizer
 from llm_course.tokens.text import ByteTokenizer, CharTokenizer, WordTokenizer
 from llm_course.train.loop import floor_excess
 from llm_course.world import World
+from llm_course.world.writers import say
 
 TEXT = "A. Where does Ada live? Ada lives in Duck Row. Ada <|user|>"
 TOKENIZERS = [
@@ -121,18 +124,18 @@ def test_batches_hold_every_conversation_once():
 def test_an_old_conversation_is_forgotten_from_its_beginning():
     tokenizer, model = add_chat_tokens(ByteTokenizer(), small(ByteTokenizer()))
     long = say(*["12345678"] * 9, system="S")
-    kept = recent(tokenizer, long, 60)
+    kept = recent_messages(tokenizer, long, 60)
     assert kept[0]["role"] == "system" and kept[1]["role"] == "user"
     assert kept[1:] == long[-len(kept) + 1 :]
     with pytest.raises(ValueError, match="too long"):
-        recent(tokenizer, say("x" * 100), 60)
-    assert len(answer_batch(model, tokenizer, [long, CHAT[:1]], 8)) == 2
+        recent_messages(tokenizer, say("x" * 100), 60)
+    assert len(draw_answers(model, tokenizer, [long, CHAT[:1]], 1, 8).answers) == 2
 
 
 def test_it_learns_an_answer_by_heart():
     torch.manual_seed(0)
     tokenizer, model = add_chat_tokens(ByteTokenizer(), small(ByteTokenizer()))
-    fine_tune(
+    train_sft(
         model,
         tokenizer,
         [say("a?", "yes"), say("b?", "no")] * 8,
@@ -143,7 +146,8 @@ def test_it_learns_an_answer_by_heart():
         pack=False,
         watch=None,
     )
-    assert answer_batch(model, tokenizer, [say("a?"), say("b?")], 8, temperature=0) == ["yes", "no"]
+    said = draw_answers(model, tokenizer, [say("a?"), say("b?")], 1, 8, temperature=0).answers
+    assert said == ["yes", "no"]
 
 
 @pytest.mark.parametrize("style", [COURSE, GPT2], ids=["own head", "tied head"])
@@ -156,7 +160,7 @@ def test_lora_starts_as_nothing_and_merges(style):
     assert torch.equal(model(tokens), before)
     assert isinstance(model.head, LoRA) != style.tied_head
     frozen = {k: v.clone() for k, v in model.state_dict().items() if ".up" not in k[-4:]}
-    fine_tune(model, tokenizer, [CHAT] * 8, 5, batch_size=2, lr=0.01, watch=None)
+    train_sft(model, tokenizer, [CHAT] * 8, 5, batch_size=2, lr=0.01, watch=None)
     now = model.state_dict()
     assert all(torch.equal(v, now[k]) for k, v in frozen.items() if not k.endswith(".down"))
     after = model(tokens).detach()
@@ -187,7 +191,7 @@ def test_lora_is_that_of_peft():
 def test_a_batch_without_answers_changes_nothing():
     tokenizer, model = add_chat_tokens(ByteTokenizer(), small(ByteTokenizer()))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    progress = fine_tune(model, tokenizer, [say("Hi"), say("Ho")], 3, watch=None)
+    progress = train_sft(model, tokenizer, [say("Hi"), say("Ho")], 3, watch=None)
     assert progress.history[-1]["train"] == 0.0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -277,7 +281,7 @@ def test_pairs_in_their_formats(tmp_path):
     }
     whole = {"chosen": say("Hi", "Hello!"), "rejected": say("Hi", "Go.")}
     found = read_pairs(lines(tmp_path / "p.jsonl", text, chat, whole))
-    assert found.items == [(say("Hi"), "Hello!", "Go.")] * 3 and not found.notes
+    assert found.items == [AnswerPair(say("Hi"), "Hello!", "Go.")] * 3 and not found.notes
     found = read_pairs(
         lines(
             tmp_path / "p.jsonl",
@@ -310,7 +314,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, style):
             if trainer.progress.step == stop:
                 raise RuntimeError("the power went off")
 
-        fine_tune(
+        train_sft(
             model, tokenizer, chats, 3, batch_size=2, folder=folder, eval_every=2, watch=watch
         )
         return model.state_dict()
@@ -327,7 +331,7 @@ def test_the_assistant_that_ships():
     world = World(seed=0)
     talk = Talk(world)
     asked = [r for r in talk.requests("held-out", "fact")][::4]
-    said = answer_batch(model, tokenizer, [say(r.text) for r in asked], temperature=0)
+    said = draw_answers(model, tokenizer, [say(r.text) for r in asked], temperature=0).answers
     right = [talk.reward(r.text, text).correct == 1 for r, text in zip(asked, said)]
     assert sum(right) > 0.85 * len(asked)
     assert floor_excess(model, tokenizer, world, world.sample(32, seed=31)).excess < 0.08

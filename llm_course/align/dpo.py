@@ -20,8 +20,10 @@ from typing import Callable, Iterable, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .rl import answer_kl, draw_answers, used
-from .reward import pad_rows, render_answer
+from .answers import draw_answers
+from .rl import answer_kl, used
+from .answers import pad_rows
+from .chat import render_answer
 from ..model.gpt import GPT
 from ..train.checkpoint import (
     differences, load_weights, tensors_of_group, read_checkpoint, write_checkpoint)

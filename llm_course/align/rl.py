@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
-from .sft import render
+from .chat import render
 from ..generate.cache import sample_batch
 from ..model.gpt import GPT
 from ..train.checkpoint import (

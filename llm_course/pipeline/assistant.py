@@ -16,14 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
-import torch
 from ..align.rl import METHODS as BY_REWARD, tune_policy
 from ..align.dpo import tune_pairs
 from ..align.reward import (
     RewardModel, as_reward, collect_pairs, load_reward, margins, save_reward, train_reward)
-from llm_course.align.sft import (
-    ChatBatches, add_chat_tokens, answer_batch, fine_tune, fit_chat, read_chats, read_pairs,
-    render)
+from ..align.answers import draw_answers
+from ..align.chat import add_chat_tokens, fit_chat, read_chats, read_pairs, render
+from ..align.sft import ChatBatches, train_sft
 from ..core import asset, atomic_write
 from ..data.batches import held_out, one_pass
 from ..model.files import load_model, save_model
@@ -195,9 +194,9 @@ def grade_talk(
     seed: int = 0,        # Which
 ) -> dict:                # reward, facts, refused, helped: each from 0 to 1
     "Judge an assistant by requests in words that nobody taught it."
-    talk, g = Talk(World(seed=0)), torch.Generator().manual_seed(seed)
+    talk = Talk(World(seed=0))
     prompts = talk.prompts(n, seed + 1_000_000, "held-out")
-    answers = answer_batch(model, tokenizer, prompts, temperature=1.0, generator=g)
+    answers = draw_answers(model, tokenizer, prompts, 1, ANSWER, seed).answers
     seen = [(talk.read(p).kind, talk.reward(p, a)) for p, a in zip(prompts, answers)]
 
     def right(*kinds):
@@ -249,7 +248,7 @@ def sft_stage(
     run: Run,             # The run
     teaching: Teaching,   # What it learns from
     n: int | None = None, # How many conversations at most
-    **settings,           # For `fine_tune`
+    **settings,           # For `train_sft`
 ) -> dict:                # Figures
     "Teach a base model to answer."
     model, tokenizer = open_stage(run, BRAINS["base"])
@@ -259,7 +258,7 @@ def sft_stage(
     learn, held = part_rows(chats[:n], json.dumps)
     before = answer_loss(model, tokenizer, held)
     settings.setdefault("epochs", enough_passes(learn, 4))
-    progress = fine_tune(model, tokenizer, learn, stories=reminders(run, model, tokenizer),
+    progress = train_sft(model, tokenizer, learn, stories=reminders(run, model, tokenizer),
                          seed=run.settings.seed, watch=look_at(run),
                          folder=run.folder / "checkpoints-sft", **settings)
     save_model(model, run.folder / "sft.safetensors")
@@ -402,8 +401,8 @@ def transcripts(
     said = [{} for _ in prompts]
     for stage in [name for name, file in BRAINS.items() if (run.folder / file).exists()]:
         model, tokenizer = open_stage(run, BRAINS[stage])
-        g = torch.Generator().manual_seed(seed)
-        answers = answer_batch(model, tokenizer, prompts, longest_answer(model), generator=g)
+        longest = longest_answer(model)
+        answers = draw_answers(model, tokenizer, prompts, 1, longest, seed).answers
         for row, text in zip(said, answers):
             row[stage] = text
     asked = [" … ".join(m["content"] for m in p if m["role"] == "user") for p in prompts]

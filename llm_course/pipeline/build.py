@@ -16,7 +16,7 @@ from typing import Iterable, Iterator, NamedTuple
 import torch
 import torch.nn.functional as F
 import llm_course
-from ..align.sft import add_chat_tokens, recent, render
+from ..align.chat import add_chat_tokens, recent_messages, render
 from ..core import atomic_write, pick_device
 from ..data.batches import DocumentBatches, one_pass
 from ..data.files import read_texts
@@ -114,7 +114,7 @@ def answer_pieces(
     t, T, generator = loaded.tokenizer, loaded.model.config.context_length, torch.Generator()
     generator.manual_seed(generator.seed() if seed is None else seed)
     room = T - min(max_new_tokens, T // 3)
-    prompt = render(t, recent(t, messages, room), reply=True).tokens
+    prompt = render(t, recent_messages(t, messages, room), reply=True).tokens
     ids = stream(loaded.model, prompt, max_new_tokens, temperature=temperature,
                  generator=generator, stop=set(t.special_tokens.values()), **sampling)
     first = True
