@@ -45,8 +45,8 @@ from llm_course.data.shards import memory_shards
 from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import CharTokenizer
-from llm_course.train.loop import (
-    PRECISIONS, TrainConfig, evaluate, make_optimizer, pick_precision, rate_factor)
+from llm_course.train.loop import TrainConfig, evaluate, make_optimizer, rate_factor
+from llm_course.train.precision import PRECISIONS, pick_precision
 from llm_course.train.runner import keep_memory
 from llm_course.train.optim import AdamW, clip_grad_norm
 

@@ -27,7 +27,7 @@ from .chat import render_answer
 from ..model.gpt import GPT
 from ..train.checkpoint import (
     differences, load_weights, tensors_of_group, read_checkpoint, write_checkpoint)
-from ..train.loop import pick_precision
+from ..train.precision import pick_precision
 from ..train.runner import lock_folder, gentle_interrupt, keep_memory
 from ..train.optim import SCHEDULES, AdamW, OptimizerGroup, clip_grad_norm
 

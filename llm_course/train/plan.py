@@ -23,7 +23,8 @@ from ..model.block import GPT2, LLAMA, Style
 from ..model.files import save_model
 from ..model.gpt import GPT, GPTConfig, count_params
 from .checkpoint import BEST_FILE, tensors_of_group, read_checkpoint
-from .loop import Progress, TrainConfig, Trainer, pick_precision, train, train_step
+from .loop import Progress, TrainConfig, Trainer, train, train_step
+from .precision import pick_precision
 from .ranks import from_first, rank, world_size
 from .parallel import distribute_model
 from .scale import (
