@@ -7,7 +7,7 @@ In one run, one after the other:
 
 1. what the device can do: its best matrix products, the products of this model's own shapes, and
    its memory bandwidth;
-2. parity: CPU against GPU, and the losses of 20 steps in float32, bfloat16 and float16;
+2. check_device: CPU against GPU, and the losses of 20 steps in float32, bfloat16 and float16;
 3. speed: GPT-2 124M and a model of the same size in the course's own style, context 1,024,
    bfloat16, 64 x 8 sequences per step (GPT-2's half a million tokens), eager, compiled, and
    compiled with cuDNN's attention; with the peak of memory beside its prediction;
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 try:
     import torch
 
-    from llm_course.core import parity, set_seed
+    from llm_course.core import check_device, set_seed
     from llm_course.data.batches import RandomWindows
     from llm_course.data.files import read_texts
     from llm_course.data.shards import memory_shards
@@ -188,7 +188,7 @@ def first_losses(part, device: torch.device, precision: str, smoke: bool, steps:
 
 def three_precisions(part, device: torch.device, smoke: bool) -> dict:
     "Largest differences of losses from float32, in nats."
-    worst = max(parity(device).values())
+    worst = max(check_device(device).values())
     print(f"CPU against {device.type}: largest relative error {worst:.1e} (at most 1e-3 allowed)")
     exact = first_losses(part, device, "float32", smoke)
     print("| losses at step | 1 | 5 | 10 | 20 | largest difference |\n|---|---|---|---|---|---|")

@@ -10,7 +10,7 @@ import importlib.metadata, os, platform, shutil, sys, time
 from pathlib import Path
 from typing import Callable, NamedTuple
 import torch
-from .core import asset, is_online, parity, pick_device, pick_dtype
+from .core import asset, is_online, check_device, pick_device, pick_dtype
 from .handout import lessons_folder
 from .pipeline.report import short_number
 from .terminal import error_line
@@ -87,7 +87,7 @@ def _examine_device() -> Finding: # `fail` when an accelerator computes wrongly
     "What does training run on, how fast, and does it compute what the CPU computes?"
     try:
         device = pick_device()
-        worst = max(parity(device).values())
+        worst = max(check_device(device).values())
     except (ValueError, RuntimeError) as error:
         return Finding("device", "fail", error_line(error), "set LLM_COURSE_DEVICE=cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -219,7 +219,7 @@ def test_doctor_examines_this_computer(monkeypatch):
 def test_doctor_refuses_an_accelerator_that_lies(monkeypatch):
     def disagrees(device):
         raise RuntimeError("it does not compute what the CPU computes")
-    monkeypatch.setattr(doctor, "parity", disagrees)
+    monkeypatch.setattr(doctor, "check_device", disagrees)
     assert doctor._examine_device()[1] == "fail"
 
 

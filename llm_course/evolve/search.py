@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from ..core import locked
+from ..core import lock_folder
 from ..train.checkpoint import read_checkpoint, write_checkpoint
 from ..train.runner import keep_memory
 
@@ -508,7 +508,7 @@ def evolve(
         raise ValueError("give a budget: generations=..., evaluations=... or seconds=...")
     keep_memory()
     budget = generations or math.inf, evaluations or math.inf, seconds or math.inf
-    with locked(folder) if folder else nullcontext():
+    with lock_folder(folder) if folder else nullcontext():
         run = _Run(strategy, _Scorer(score, chunk), folder, _Bar(progress))
         while all(u < b for u, b in zip(run.used(), budget)):
             _step(run, watch)

@@ -19,7 +19,7 @@ from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 import torch
-from ..core import atomic_write, is_online, locked
+from ..core import atomic_write, is_online, lock_folder
 from ..data.batches import held_out
 from ..data.files import read_texts
 from ..data.shards import SHARDS_HEADER, Shards, document_boundaries, write_shards
@@ -522,7 +522,7 @@ def enter(
     settings, facts = settle(folder, settings), read_json(folder / "stages.json")
     check_unchanged(folder, settings.data, facts)
     source = facts.get("tokenizer", {}).get("source") or real_source(settings.data)
-    stack.enter_context(locked(folder))
+    stack.enter_context(lock_folder(folder))
     write_json(folder / "config.json", {"settings": asdict(settings)})
     return settings, read_json(folder / "stages.json"), source
 

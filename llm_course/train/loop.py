@@ -19,7 +19,7 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import fenced
+from ..core import keep_random_state
 from ..data.batches import DocumentBatches, one_pass
 from ..data.shards import memory_shards
 from ..model.gpt import plain_model
@@ -387,7 +387,7 @@ def look(
     "Evaluate, remember, show; random generators stay as they were."
     t, p = trainer, trainer.progress
     check_finite(t)
-    with fenced(t.device):
+    with keep_random_state(t.device):
         loss = None if valid is None else evaluate(t.model, valid, t.dtype)
         p.history.append(make_row(t, loss))
         better = loss is not None and loss < p.best

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import fenced, need
+from ..core import keep_random_state, need
 from .loop import prepare, summed_loss
 from .optim import adamw_optimizer
 
@@ -97,7 +97,7 @@ def lr_range_test(
         raise ValueError(f"{steps} steps from {low} to {high} are no test: raise high, or steps")
     model = copy.deepcopy(model).train()
     optimizer, rates, losses, average = make_optimizer(model), [], [], 0.0
-    with fenced(next(model.parameters()).device):
+    with keep_random_state(next(model.parameters()).device):
         for i in range(steps):
             rate = low * (high / low) ** (i / (steps - 1))
             loss = _loss_and_gradient(model, next(batches))
