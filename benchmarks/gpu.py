@@ -49,16 +49,10 @@ try:
     from llm_course.tokens.bpe import BPETokenizer
     from llm_course.tokens.formats import read_gpt2_ranks
     from llm_course.train.loop import TrainConfig, Trainer, train, train_step
-    from llm_course.train.scale import (
-        best_seconds,
-        count_parts,
-        measured_peak,
-        memory_bandwidth,
-        memory_need,
-        memory_used,
-        mfu,
-        peak_flops,
-    )
+    from llm_course.train.activations import parameter_counts
+    from llm_course.train.meter import (
+        best_seconds, measured_peak, memory_bandwidth, memory_used, peak_flops)
+    from llm_course.train.scale import memory_need, mfu
     from llm_course.train.tune import rates_for
 except ImportError as error:
     sys.exit(
@@ -362,7 +356,7 @@ def main() -> None:
     configs = {name: GPTConfig(*sizes, style=style) for name, style in styles.items()}
     print(" · ".join(f"{k} {v}" for k, v in about.items()))
     print(f"text: {name}, {tokens}; batch {args.batch} x {sizes[1]}, {args.accumulate} per step")
-    counts = {k: sum(count_parts(c)) / 1e6 for k, c in configs.items()}
+    counts = {k: parameter_counts(c).total / 1e6 for k, c in configs.items()}
     print(", ".join(f"{k}: {n:.1f} million parameters" for k, n in counts.items()))
     print("SMOKE: tiny sizes on a CPU; no figure below means anything\n" if args.smoke else "")
     result, rows = {}, {}

@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from llm_course.model.block import COURSE, GPT2, LLAMA
 from llm_course.model.gpt import GPT, GPTConfig, count_params
+from llm_course.train.activations import parameter_counts
 from llm_course.train.cluster import (
-    A100, H100, Cluster, ClusterPlan, best_interval, bytes_sent, lost_share, n_parameters,
-    step_times, utilisation)
+    A100, H100, Cluster, ClusterPlan, best_save_interval, bytes_sent, lost_to_failures,
+    predicted_mfu, step_times)
 from llm_course.train.optim import whole
 from llm_course.train.parallel import distribute_model
 from llm_course.train.workers import SENT_SHARE, Workers, load_sharded, save_sharded
@@ -334,27 +335,27 @@ def test_torchrun_and_alone(tmp_path):
 
 
 def test_the_best_interval_is_the_best():
-    tried = [lost_share(m / 100, 1, 50) for m in range(1, 5000)]
-    assert min(tried) == pytest.approx(lost_share(best_interval(1, 50), 1, 50), rel=1e-4)
+    tried = [lost_to_failures(m / 100, 1, 50) for m in range(1, 5000)]
+    assert min(tried) == pytest.approx(lost_to_failures(best_save_interval(1, 50), 1, 50), rel=1e-4)
 
 
 @pytest.mark.parametrize("style", [COURSE, GPT2, LLAMA], ids=["course", "gpt2", "llama"])
 def test_parameters_are_counted_without_making_the_model(style):
     config = GPTConfig(500, 64, 64, 3, 4, n_kv_heads=2, style=style)
-    assert n_parameters(config) == pytest.approx(count_params(GPT(config)), rel=0.05)
+    assert parameter_counts(config).total == pytest.approx(count_params(GPT(config)), rel=0.05)
 
 
 def test_the_cluster_behaves():
     config = GPTConfig(50_000, 2048, 4096, 32, 32, style=LLAMA)
     alone = ClusterPlan(batch_size=64)
-    assert utilisation(config, alone, H100) == pytest.approx(H100.efficiency)
+    assert predicted_mfu(config, alone, H100) == pytest.approx(H100.efficiency)
     assert sum(bytes_sent(config, alone).values()) == 0
     assert sum(step_times(config, alone, A100).values()) > sum(
         step_times(config, alone, H100).values()
     )
     inside, across = ClusterPlan(tensor=8, batch_size=64), ClusterPlan(tensor=16, batch_size=64)
-    assert utilisation(config, inside, H100) > 1.5 * utilisation(config, across, H100)
-    more = [utilisation(config, ClusterPlan(pipeline=8, batch_size=b), H100) for b in (8, 16, 64, 512)]
+    assert predicted_mfu(config, inside, H100) > 1.5 * predicted_mfu(config, across, H100)
+    more = [predicted_mfu(config, ClusterPlan(pipeline=8, batch_size=b), H100) for b in (8, 16, 64, 512)]
     assert more == sorted(more)
     uneven = ClusterPlan(data=3, batch_size=4)  # one copy has two texts, and the others wait for it
-    assert utilisation(config, uneven, Cluster(inner=1e30)) == pytest.approx(0.59 * 4 / 6)
+    assert predicted_mfu(config, uneven, Cluster(inner=1e30)) == pytest.approx(0.59 * 4 / 6)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Preset', 'pick_preset', 'dial_preset', 'document_lengths', 'fit_context', 'dropout_for', 'Plan',
-           'read_plan', 'Machine', 'device_memory', 'make_plan', 'train_plan']
+           'read_plan', 'Machine', 'make_plan', 'train_plan']
 
 # %% ../../nbs/47b_train.plan.ipynb #d985fe39
-import gc, math, os, time
+import gc, math, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -27,8 +27,8 @@ from .loop import Progress, TrainConfig, Trainer, train, train_step
 from .precision import pick_precision
 from .ranks import from_first, rank, world_size
 from .parallel import distribute_model
-from .scale import (
-    MemoryNeed, maybe_compile, memory_need, recompute_blocks)
+from .meter import device_memory, maybe_compile
+from .scale import MemoryNeed, memory_need, recompute_blocks
 from .tune import dial, rates_for
 from .watch import Logbook, QuietReporter, Reporter, WatchedBatches, format_duration
 
@@ -235,19 +235,6 @@ def memory(
         return need
     parts = [-(-x // processes) for x in need[:3]] + [need.activations]
     return MemoryNeed(*parts, sum(parts))
-
-# %% ../../nbs/47b_train.plan.ipynb #c936c460
-def device_memory(
-    device: torch.device, # Where to train
-) -> int | None:          # Bytes; None where nobody knows
-    "How much memory a device has."
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    names = getattr(os, "sysconf_names", {})
-    known = "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
 
 # %% ../../nbs/47b_train.plan.ipynb #d03998b8
 def _describe_need(

@@ -13,7 +13,8 @@ from ..core import atomic_write, patch
 from ..model.gpt import GPTConfig
 from .loop import TrainConfig, Trainer, count_targets
 from .ranks import rank, world_size
-from .scale import memory_used, mfu
+from .meter import memory_used
+from .scale import mfu
 
 # %% ../../nbs/47a_train.watch.ipynb #b4c415e3
 def format_duration(
