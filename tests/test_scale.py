@@ -23,7 +23,8 @@ from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.files import load_model, save_model
 from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
 from llm_course.tokens.text import CharTokenizer
-from llm_course.train import scale
+from llm_course.train import meter, scale
+from llm_course.train.activations import parameter_counts
 from llm_course.train.loop import TrainConfig, Trainer, summed_loss, train, train_step
 from llm_course.train.optim import adamw_optimizer, course_optimizer, split_params
 
@@ -47,6 +48,11 @@ OPTIONS = {
 }
 
 
+def prepared(recompute: bool):
+    "What a dry run does to its model first."
+    return scale.recompute_blocks if recompute else None
+
+
 # --- Memory -------------------------------------------------------------------------------------
 
 
@@ -56,7 +62,7 @@ def test_activations_are_predicted(style, options):
     for vocab, dtype in [(50, F32), (50, BF16), (3000, BF16)]:
         config = GPTConfig(vocab, **SMALL, style=style, **options)
         need = scale.memory_need(config, 8, dtype=dtype, device="cpu")
-        measured = scale.dry_run(config, 8, dtype).peak
+        measured = meter.dry_run(config, 8, dtype).peak
         assert need.parameters + need.activations == pytest.approx(measured, rel=0.05)
 
 
@@ -73,7 +79,7 @@ def test_activations_are_predicted(style, options):
 def test_real_sizes_are_predicted(style, dtype, recompute, T, B, C, L):
     config = GPTConfig(50257, T, C, L, C // 64, style=style)
     need = scale.memory_need(config, B, dtype=dtype, recompute=recompute, device="cpu")
-    measured = scale.dry_run(config, B, dtype, recompute).peak
+    measured = meter.dry_run(config, B, dtype, prepared(recompute)).peak
     assert need.parameters + need.activations == pytest.approx(measured, rel=0.01)
 
 
@@ -81,14 +87,14 @@ def test_real_sizes_are_predicted(style, dtype, recompute, T, B, C, L):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_dry_run_counts_what_a_real_one_counts(dtype, recompute):
     config = GPTConfig(300, **SMALL)
-    dry = scale.dry_run(config, 4, dtype, recompute)
-    real = scale.dry_run(config, 4, dtype, recompute, fake=False)
+    dry = meter.dry_run(config, 4, dtype, prepared(recompute))
+    real = meter.dry_run(config, 4, dtype, prepared(recompute), fake=False)
     assert dry.peak == real.peak
 
 
 def test_a_dry_run_leaves_nothing_fake_behind():
     config = GPTConfig(300, **SMALL)
-    scale.dry_run(config, 2, BF16)
+    meter.dry_run(config, 2, BF16)
     assert mask_bias.cache_info().currsize == 0
     q = torch.randn(1, 2, 64, 8, dtype=BF16)
     assert attend(q, q, q).isfinite().all()
@@ -104,21 +110,21 @@ def test_weights_and_optimizer_are_counted_exactly(style, kind):
         tensors = [t for o in optimizer.optimizers for ts in o.memory.values() for t in ts]
         need = scale.memory_need(config, 1, optimizer=kind)
         parts = [sum(p.numel() for p in some) for some in split_params(model)]
-        assert scale.count_parts(config) == tuple(parts)
+        assert parameter_counts(config) == tuple(parts)
         assert need.parameters == need.gradients == 4 * sum(parts)
         assert need.optimizer == sum(t.nbytes for t in tensors)
 
 
 def test_the_optimizer_step_needs_little_more():
     config = GPTConfig(50257, 1024, 1600, 48, 25, style=GPT2)  # the largest GPT-2
-    with FakeTensorMode(), scale.Meter() as meter:
+    with FakeTensorMode(), meter.MemoryMeter() as watched:
         model = GPT(config)
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         optimizer = course_optimizer(model)
-        before = meter.peak = meter.now
+        before = watched.peak = watched.now
         optimizer.step()
-    assert meter.peak - before < 1.1e9
+    assert watched.peak - before < 1.1e9
 
 
 def test_the_biggest_batch_fits_and_the_next_does_not():
@@ -152,12 +158,12 @@ def test_a_gpu_needs_what_was_predicted(recompute):
     summed_loss(model, text, text, BF16).backward()
     need = scale.memory_need(config, 8, dtype=BF16, recompute=recompute)
     expected = need.parameters + need.activations
-    assert scale.memory_used("cuda") == pytest.approx(expected, rel=0.1)
+    assert meter.memory_used("cuda") == pytest.approx(expected, rel=0.1)
 
 
 def test_the_memory_of_this_process():
     program = (
-        "import torch; from llm_course.train.scale import memory_used; a = memory_used('cpu'); "
+        "import torch; from llm_course.train.meter import memory_used; a = memory_used('cpu'); "
         "x = torch.ones(2 * 10**8); b = memory_used('cpu'); del x; print(a, b, memory_used('cpu'))"
     )
     run = subprocess.run(
@@ -261,22 +267,22 @@ def test_a_run_goes_on_with_recomputing(tmp_path):
     ],
 )
 def test_listed_peaks(name, dtype, peak):
-    assert scale.listed_peak(name, dtype) == peak
+    assert meter.listed_peak(name, dtype) == peak
 
 
 def test_utilisation_is_useful_flops_over_the_peak(monkeypatch):
     monkeypatch.setattr(scale, "peak_flops", lambda device, dtype: 312e12)
     gpt2 = GPTConfig(50257, 1024, 768, 12, 12, style=GPT2)
-    in_products = scale.count_parts(gpt2).matrices + 50257 * 768
+    in_products = parameter_counts(gpt2).matrices + 50257 * 768
     per_token = 6 * in_products + 12 * 12 * 768 * 1024  # 6 N + 12 L C T
     assert flops_per_token(gpt2) == per_token
     assert scale.mfu(180_000, gpt2, "cuda", BF16) == pytest.approx(180_000 * per_token / 312e12)
 
 
 def test_peaks_are_measured_where_no_list_helps():
-    peak = scale.peak_flops("cpu")
-    assert 1e9 < peak < 1e14 and scale.peak_flops("cpu") == peak  # measured once
-    assert 1e8 < scale.memory_bandwidth("cpu") < 1e13
+    peak = meter.peak_flops("cpu")
+    assert 1e9 < peak < 1e14 and meter.peak_flops("cpu") == peak  # measured once
+    assert 1e8 < meter.memory_bandwidth("cpu") < 1e13
 
 
 # --- Compiling ----------------------------------------------------------------------------------
@@ -291,11 +297,11 @@ def test_when_to_compile(monkeypatch):
         (False, "off", 60, False),
         (True, "on", 0, True),
     ]:
-        monkeypatch.setattr(scale, "has_compiler", lambda compiler=compiler: compiler)
-        result = scale.maybe_compile(model, mode, minutes)
+        monkeypatch.setattr(meter, "has_cpp_compiler", lambda compiler=compiler: compiler)
+        result = meter.maybe_compile(model, mode, minutes)
         assert (result is not model) == compiled
     with pytest.raises(ValueError, match="auto, on or off"):
-        scale.maybe_compile(model, "maybe")
+        meter.maybe_compile(model, "maybe")
 
 
 @pytest.mark.parametrize("recompute", [False, True])
