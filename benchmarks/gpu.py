@@ -7,7 +7,7 @@ In one run, one after the other:
 
 1. what the device can do: its best matrix products, the products of this model's own shapes, and
    its memory bandwidth;
-2. check_device: CPU against GPU, and the losses of 20 steps in float32, bfloat16 and float16;
+2. agreement: CPU against GPU, and the losses of 20 steps in float32, bfloat16 and float16;
 3. speed: GPT-2 124M and a model of the same size in the course's own style, context 1,024,
    bfloat16, 64 x 8 sequences per step (GPT-2's half a million tokens), eager, compiled, and
    compiled with cuDNN's attention; with the peak of memory beside its prediction;

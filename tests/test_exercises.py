@@ -14,7 +14,7 @@ import re
 import pytest
 
 import rules
-from llm_course.check import CheckFailed, Exercise, diagnose
+from llm_course.check import CheckFailed, Exercise
 
 LESSONS = [lesson for lesson in rules.lessons() if lesson.number]
 IMPORTS = (ast.Import, ast.ImportFrom)
@@ -123,8 +123,8 @@ def test_each_has_stub_and_solution(lesson):
 
 def test_stubs_fail(lesson, capsys):
     for name, exercise in each(lesson):
-        assert diagnose(exercise, lesson.stubs[name]), f"the stub of {name} passes"
-        assert diagnose(exercise, lesson.stubs[name]).diagnosis is None
+        assert exercise.diagnose(lesson.stubs[name]), f"the stub of {name} passes"
+        assert exercise.diagnose(lesson.stubs[name]).diagnosis is None
         exercise.check(lesson.stubs[name])  # says "not started", and lets the notebook run on
         assert "✓" not in capsys.readouterr().out
 
@@ -154,7 +154,7 @@ def test_no_two_misconceptions_look_the_same(lesson):
                 misconceptions={b: g},
                 tol=exercise.tol,
             )
-            assert diagnose(alone, f).diagnosis is None, (
+            assert alone.diagnose(f).diagnosis is None, (
                 f"{name}: the cases cannot tell {a!r} from {b!r}"
             )
 
@@ -168,8 +168,8 @@ def test_an_exercise_that_cannot_tell_mistakes_apart_is_caught():
     bad = Exercise(
         "double", lambda x: 2 * x, cases=[(0,)], misconceptions={"squared": lambda x: x * x}
     )
-    assert diagnose(bad, bad.misconceptions["squared"]) is None  # 0 is doubled and squared alike
+    assert bad.diagnose(bad.misconceptions["squared"]) is None  # 0 is doubled and squared alike
     good = Exercise(
         "double", lambda x: 2 * x, cases=[(3,)], misconceptions={"squared": lambda x: x * x}
     )
-    assert re.search("squared", str(diagnose(good, good.misconceptions["squared"])))
+    assert re.search("squared", str(good.diagnose(good.misconceptions["squared"])))
