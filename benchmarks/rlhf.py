@@ -98,7 +98,7 @@ def llama_state(model) -> dict:
 def ours(folder: Path, steps: int, method: str, precision: str) -> list:
     "Seconds of each step."
     import torch
-    from llm_course.align.rl import PolicyConfig, PolicyTuner, tune_step
+    from llm_course.align.policy_tuner import PolicyConfig, PolicyTuner
     from llm_course.align.chat import add_chat_tokens
     from llm_course.core import asset
     from llm_course.model.files import load_model
@@ -114,15 +114,15 @@ def ours(folder: Path, steps: int, method: str, precision: str) -> list:
         return torch.tensor([reward_of(a) for a in answers])
 
     config = PolicyConfig(
-        method, steps + 2, batch=facts["batch"], group=facts["group"], passes=1, lr=LR, kl=BETA,
-        max_new_tokens=NEW_TOKENS,
+        method, steps + 2, batch_size=facts["batch"], group=facts["group"], passes=1, lr=LR,
+        beta=BETA, max_new_tokens=NEW_TOKENS,
     )  # fmt: skip
     t = PolicyTuner(model, tokenizer, facts["prompts"], reward, config)
     t.dtype = getattr(torch, precision)
     seconds = []
     for _ in range(steps + 2):
         start = time.perf_counter()
-        row = tune_step(t)
+        row = t.take_step()
         seconds.append(time.perf_counter() - start)
     return seconds[2:], row["length"]
 

@@ -1,4 +1,4 @@
-"""Full runs for lessons 74 to 77, three seeds each, recorded in `llm_course/assets/align.json`.
+"""Full runs for lessons 76 to 79, three seeds each, recorded in `llm_course/assets/align.json`.
 
     python experiments/align.py                    one run of each method, checked against the bar
     python experiments/align.py --measure          every part anew (slow)
@@ -13,7 +13,7 @@ ship with the course. The parts:
     beta     GRPO against a reward model that was taught by people who like long answers and
              flattery, with
              KL coefficients from 0 up: over-optimisation, and the leash that prevents it
-    pairs, best, refusal   for lesson 77, see `preference.py`
+    pairs, best, refusal   for lessons 78 and 79, see `preference.py`
 
 A run records a column for each quantity, and `looks` at held-out prompts on the way. KL is in nats
 per answer. Each part is kept in the file as soon as it is there. The last line is JSON; `value` is
@@ -34,7 +34,8 @@ import preference
 import torch
 
 from llm_course.align.answers import draw_answers
-from llm_course.align.rl import evaluate_policy, true_reward, tune_policy
+from llm_course.align.policy_tuner import train_policy, village_reward
+from llm_course.align.rlhf import evaluate_policy
 from llm_course.align.reward import (
     RewardModel,
     as_reward,
@@ -50,14 +51,14 @@ from llm_course.world.talk import Talk, make_annotators
 FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "align.json"
 SEEDS = (0, 1, 2)
 SETTINGS = {
-    "reinforce": {"kl": 0.05, "kl_target": 5.0},
-    "ppo": {"kl": 0.05, "kl_target": 5.0},
-    "grpo": {"kl": 0.3, "kl_target": 3.0},
+    "reinforce": {"beta": 0.05, "kl_target": 5.0},
+    "ppo": {"beta": 0.05, "kl_target": 5.0},
+    "grpo": {"beta": 0.3, "kl_target": 3.0},
 }
 STEPS = 40
 BETAS = (0.0, 0.1, 0.3, 1.0)
 BETA_SETTINGS = {"lr": 2e-3, "steps": 30, "kl_target": None, "passes": 2}
-LOOSE = {"kl": 0.1, "kl_target": 5.0, "passes": 2}
+LOOSE = {"beta": 0.1, "kl_target": 5.0, "passes": 2}
 BIAS = {"length": 0.15, "flattery": 0.2}  # per ten words, and for a flattering phrase
 COLUMNS = ("reward", "true", "kl", "length")
 
@@ -68,7 +69,7 @@ class Village:
     def __init__(self):
         self.talk = Talk()
         self.model, self.tokenizer = load_assistant()
-        self.truth = true_reward(self.talk)
+        self.truth = village_reward(self.talk)
         self.prompts = self.talk.prompts(2000, seed=1)
         self.held = self.talk.prompts(300, seed=2, split="held-out")
         self._rewards = {}
@@ -117,7 +118,7 @@ def tuned(village: Village, proxy, method: str, seed: int, look_every: int = 10,
         if t.step % look_every == 0:
             looks.append({"step": t.step, **village.look(t.model, proxy)})
 
-    history = tune_policy(
+    history = train_policy(
         model, village.tokenizer, village.prompts, proxy, method, judge=village.truth, seed=seed,
         watch=watch, **settings,
     )  # fmt: skip
@@ -132,7 +133,7 @@ def tuned(village: Village, proxy, method: str, seed: int, look_every: int = 10,
     return model, {
         "method": method,
         "seed": seed,
-        "beta": settings["kl"],
+        "beta": settings["beta"],
         **columns,
         "looks": looks,
     }
@@ -162,8 +163,8 @@ def policy(village: Village) -> dict:
 def beta(village: Village) -> dict:
     "GRPO against people who like long answers, on leashes of several lengths."
     proxy = village.reward("biased")
-    cases = [(kl, seed) for kl in BETAS for seed in SEEDS]
-    runs = [run(village, proxy, "grpo", seed, 5, kl=kl, **BETA_SETTINGS) for kl, seed in cases]
+    cases = [(b, seed) for b in BETAS for seed in SEEDS]
+    runs = [run(village, proxy, "grpo", seed, 5, beta=b, **BETA_SETTINGS) for b, seed in cases]
     return {"start": village.look(village.model, proxy), "runs": runs}
 
 

@@ -1,4 +1,4 @@
-"""The parts of `experiments/align.py` for lesson 77: runs on pairs, best of n, refusals.
+"""The parts of `experiments/align.py` for lessons 78 and 79: runs on pairs, best of n, refusals.
 
 python experiments/align.py --measure pairs best refusal
 
@@ -16,7 +16,8 @@ import time
 import torch
 
 from llm_course.align.answers import draw_answers
-from llm_course.align.dpo import best_of_curve, best_of_n_kl, sample_pairs, tune_pairs
+from llm_course.align.choose import best_of_n_expected, best_of_n_kl
+from llm_course.align.pair_tuner import sample_pairs, train_dpo
 from llm_course.align.chat import render
 from llm_course.align.sft import train_sft
 from llm_course.generate.cache import sample_batch
@@ -48,7 +49,7 @@ def own_pairs(village, prompts: list, seed: int) -> list:
     return pairs
 
 
-def run(village, seed: int, method: str, beta: float, lr: float, n: int, epochs, batch) -> dict:
+def run(village, seed: int, method: str, beta, lr: float, n: int, epochs, batch_size) -> dict:
     "Tune a copy of the assistant on pairs; columns of its history, and looks at held-out prompts."
     model, looks, start = copy.deepcopy(village.model), [], time.perf_counter()
     pairs = own_pairs(village, village.talk.prompts(n, seed=100 + seed), seed)
@@ -57,9 +58,9 @@ def run(village, seed: int, method: str, beta: float, lr: float, n: int, epochs,
         if t.step in (t.config.steps // 3, t.config.steps):
             looks.append({"step": t.step, **village.look(t.model, village.truth)})
 
-    history = tune_pairs(
+    history = train_dpo(
         model, village.tokenizer, pairs, method, seed=seed, watch=watch, epochs=epochs,
-        beta=beta, lr=lr, batch=batch,
+        beta=beta, lr=lr, batch_size=batch_size,
     )  # fmt: skip
     last, setting = looks[-1], {"method": method, "beta": beta, "lr": lr, "seed": seed}
     print(
@@ -86,9 +87,9 @@ def best(village, n_answers: int = 32) -> dict:
     scores, truth = (f(r.messages, r.answers).view(-1, n_answers) for f in (proxy, village.truth))
     rows = []
     for n in (1, 2, 4, 8, 16):
-        p, t, kl = best_of_curve(scores, truth, n)
+        p, t, kl = best_of_n_expected(scores, truth, n)
         row = {"reward": p, "true": t, "kl": kl, "bound": best_of_n_kl(n)}
-        row["by_truth"] = best_of_curve(truth, truth, n)[0]
+        row["by_truth"] = best_of_n_expected(truth, truth, n)[0]
         rows.append({"n": n, **{k: round(v, 3) for k, v in row.items()}})
     return {"rows": rows}
 

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
-from ..align.rl import METHODS as BY_REWARD, tune_policy
-from ..align.dpo import tune_pairs
+from ..align.policy_tuner import POLICY_METHODS as BY_REWARD, train_policy
+from ..align.pair_tuner import train_dpo
 from ..align.reward import (
     RewardModel, as_reward, collect_pairs, load_reward, margins, save_reward, train_reward)
 from ..align.answers import draw_answers
@@ -314,7 +314,7 @@ def follow_reward(
     t: Teaching,          # What it learns from
     model: GPT,           # The fine-tuned model; changed in place
     tokenizer: Tokenizer, # Its own
-    **settings,           # For `tune_policy`
+    **settings,           # For `train_policy`
 ) -> list[dict]:          # Its history
     "Let the assistant try, and make likelier what the reward model likes."
     judge = as_reward(load_reward(run.folder / "reward.safetensors", run.device), tokenizer)
@@ -329,7 +329,7 @@ def follow_reward(
         run.reporter.progress(row["step"] + 1, total, f"reward {row['reward']:.2f}  "
                               f"KL {row['kl']:.1f} nats per answer")
 
-    return tune_policy(model, tokenizer, prompts, judge, t.method, watch=watch,
+    return train_policy(model, tokenizer, prompts, judge, t.method, watch=watch,
                        seed=run.settings.seed, folder=run.folder / "checkpoints-policy",
                        **settings)
 
@@ -338,7 +338,7 @@ def policy_stage(
     run: Run,           # The run
     teaching: Teaching, # What it learns from
     n: int = ASKED // 5,# How many prompts of the story world, for DPO
-    **settings,         # For `tune_policy` or `tune_pairs`
+    **settings,         # For `train_policy` or `train_dpo`
 ) -> dict:              # Figures
     "Prefer what people prefer, without forgetting how to speak."
     if "skipped" in run.facts["sft"]:
@@ -347,7 +347,7 @@ def policy_stage(
     if teaching.method == "dpo":
         learn, held = comparisons(run, teaching, model, tokenizer, n)
         settings.setdefault("epochs", enough_passes(learn, 1))
-        history = tune_pairs(model, tokenizer, learn, valid=held, seed=run.settings.seed,
+        history = train_dpo(model, tokenizer, learn, valid=held, seed=run.settings.seed,
                              folder=run.folder / "checkpoints-policy", **settings)
     else:
         history = follow_reward(run, teaching, model, tokenizer, **settings)

@@ -1,4 +1,4 @@
-"""Lesson 77: losses against hand-computed values and the textbook; pairs, tuning, refusals."""
+"""Lessons 77 to 79: losses against hand and textbook; pairs, tuning, best of n, refusals."""
 
 import copy
 import json
@@ -10,14 +10,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llm_course.align import dpo as P
+from llm_course.align.answers import answer_mask
+from llm_course.align.choose import best_of_n, best_of_n_expected, best_of_n_kl
+from llm_course.align.dpo import answer_log_probs, dpo_loss, ipo_loss, orpo_loss, simpo_loss
+from llm_course.align.pair_tuner import (
+    PAIR_METHODS,
+    PreferenceConfig,
+    _PairScorer,
+    preference_loss,
+    sample_pairs,
+    train_dpo,
+)
+from llm_course.align.refuse import refusal_errors, wilson_interval
 from llm_course.align.chat import add_chat_tokens, render
 from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import ByteTokenizer
 
-METHODS = list(P.METHODS)
+METHODS = list(PAIR_METHODS)
 
 
 def pair(question: str, chosen: str, rejected: str) -> SimpleNamespace:
@@ -43,22 +54,22 @@ def pairs() -> list:
 def test_losses_equal_numbers_worked_out_by_hand():
     c, r, rc, rr = (torch.tensor([x]) for x in (-4.0, -6.0, -5.0, -5.0))
     # the chosen one gained 1 nat and the rejected one lost 1: a lead of 2
-    assert math.isclose(P.dpo_loss(c, r, rc, rr, 0.5), math.log(1 + math.exp(-1)), abs_tol=1e-6)
-    assert math.isclose(P.ipo_loss(c, r, rc, rr, 0.5), 1.0, abs_tol=1e-6)  # (2 - 1)^2
+    assert math.isclose(dpo_loss(c, r, rc, rr, 0.5), math.log(1 + math.exp(-1)), abs_tol=1e-6)
+    assert math.isclose(ipo_loss(c, r, rc, rr, 0.5), 1.0, abs_tol=1e-6)  # (2 - 1)^2
     n, m = torch.tensor([2.0]), torch.tensor([6.0])
     # means per token are -2 and -1: a lead of -1, times 2, minus 1
-    assert math.isclose(P.simpo_loss(c, r, n, m, 2.0, 1.0), math.log(1 + math.exp(3)), abs_tol=1e-5)
+    assert math.isclose(simpo_loss(c, r, n, m, 2.0, 1.0), math.log(1 + math.exp(3)), abs_tol=1e-5)
     p, q = math.exp(-2), math.exp(-1)
     ratio = (p / (1 - p)) / (q / (1 - q))
     expected = 2 + 0.1 * math.log(1 + 1 / ratio)
-    assert math.isclose(P.orpo_loss(c, r, n, m, 0.1), expected, abs_tol=1e-5)
+    assert math.isclose(orpo_loss(c, r, n, m, 0.1), expected, abs_tol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
 def test_a_model_that_is_the_reference_pays_ln_2(beta):
     x, y = -10 * torch.rand(2, 5)
-    assert math.isclose(P.dpo_loss(x, y, x, y, beta), math.log(2), abs_tol=1e-6)
-    assert math.isclose(P.ipo_loss(x, y, x, y, beta), (1 / (2 * beta)) ** 2, rel_tol=1e-5)
+    assert math.isclose(dpo_loss(x, y, x, y, beta), math.log(2), abs_tol=1e-6)
+    assert math.isclose(ipo_loss(x, y, x, y, beta), (1 / (2 * beta)) ** 2, rel_tol=1e-5)
 
 
 def textbook(method: str, c: list, r: list, n: list, m: list, rc: list, rr: list, beta: float):
@@ -88,8 +99,8 @@ def test_losses_and_gradients_equal_the_textbook(method, seed):
     told, reference = (-8 * torch.rand(2, 5, 2, generator=g, dtype=torch.float64) - 0.1).unbind()
     lengths = torch.randint(1, 9, (5, 2), generator=g)
     told.requires_grad_()
-    config = P.PreferenceConfig(method, beta=0.3)
-    loss = P.preference_loss(config, told, reference, lengths)
+    config = PreferenceConfig(method, beta=0.3, steps=1)
+    loss = preference_loss(config, told, reference, lengths)
     (gradient,) = torch.autograd.grad(loss, told)
     columns = [x.T for x in (told, lengths, reference)]
     expected = textbook(method, *columns[0], *columns[1], *columns[2].tolist(), 0.3)
@@ -108,10 +119,10 @@ def test_log_probs_count_the_answer_and_its_end_only(start):
     prompt = render(tokenizer, messages, reply=True).tokens
     padded = torch.tensor([tokens + [-1] * 3, tokens[:4] + [-1] * (len(tokens) - 1)])
     padded[1, 2] = tokenizer.special_tokens["<|assistant|>"]
-    mask = P.answer_mask(padded, tokenizer.special_tokens["<|assistant|>"])
+    mask = answer_mask(padded, tokenizer.special_tokens["<|assistant|>"])
     assert mask[0].nonzero()[:, 0].tolist() == list(range(len(prompt), len(tokens)))
     assert mask[1].nonzero()[:, 0].tolist() == [3]
-    found = P.answer_log_probs(model, padded, mask)
+    found = answer_log_probs(model, padded, mask)
     log_probs = model(torch.tensor([tokens]))[0].log_softmax(dim=-1)
     expected = sum(log_probs[i - 1, tokens[i]] for i in range(len(prompt), len(tokens)))
     assert torch.allclose(found[0], expected, atol=1e-4)
@@ -120,7 +131,7 @@ def test_log_probs_count_the_answer_and_its_end_only(start):
 def test_scores_do_not_depend_on_who_else_is_in_the_batch(start, pairs):
     model, tokenizer = start
     mixed = [*pairs, pair("Hm?", "a", "a much longer answer than that")]
-    scorer = P.PairScorer(model, tokenizer, mixed, torch.float32)
+    scorer = _PairScorer(model, tokenizer, mixed, torch.float32)
     with torch.no_grad():
         alone = [scorer.score(model, [i])[0] for i in range(len(mixed))]
     assert torch.allclose(torch.cat(alone), scorer.reference, atol=1e-4)
@@ -130,8 +141,9 @@ def test_scores_do_not_depend_on_who_else_is_in_the_batch(start, pairs):
 @pytest.mark.parametrize("method", METHODS)
 def test_tuning_prefers_what_people_prefer(method, start, pairs):
     model, tokenizer = copy.deepcopy(start[0]), start[1]
-    settings = dict(steps=30, batch=5, lr=3e-3, max_new_tokens=8)
-    rows = P.tune_pairs(model, tokenizer, pairs[:7], method, valid=pairs[7:], every=15, **settings)
+    settings = dict(steps=30, batch_size=5, lr=3e-3, max_new_tokens=8)
+    settings |= dict(valid=pairs[7:], eval_every=15)
+    rows = train_dpo(model, tokenizer, pairs[:7], method, **settings)
     assert [row["step"] for row in rows] == list(range(30))
     assert rows[0]["margin"] == 0 and rows[0]["accuracy"] == 0.5
     assert rows[-1]["valid_accuracy"] == 1 and rows[-1]["valid_margin"] > 1
@@ -142,7 +154,7 @@ def test_tuning_prefers_what_people_prefer(method, start, pairs):
 def test_the_first_dpo_loss_is_ln_2_and_the_reference_stays(start, pairs):
     model, tokenizer = copy.deepcopy(start[0]), start[1]
     before = {name: w.clone() for name, w in start[0].state_dict().items()}
-    rows = P.tune_pairs(model, tokenizer, pairs, reference=start[0], steps=3, batch=4)
+    rows = train_dpo(model, tokenizer, pairs, reference=start[0], steps=3, batch_size=4)
     assert math.isclose(rows[0]["loss"], math.log(2), abs_tol=1e-5)
     assert all(torch.equal(w, before[name]) for name, w in start[0].state_dict().items())
     assert any(not torch.equal(w, before[name]) for name, w in model.state_dict().items())
@@ -161,11 +173,12 @@ def stop_at(step: int):
 
 
 def test_a_run_that_was_killed_goes_on_to_the_last_bit(start, pairs, tmp_path):
-    settings = dict(steps=12, batch=3, lr=3e-3, max_new_tokens=6, every=4, valid=pairs[7:], seed=3)
+    settings = dict(steps=12, batch_size=3, lr=3e-3, max_new_tokens=6, seed=3)
+    settings |= dict(eval_every=4, save_every=4, valid=pairs[7:])
 
     def run(folder=None, watch=None, **more):
         model = copy.deepcopy(start[0])
-        rows = P.tune_pairs(
+        rows = train_dpo(
             model, start[1], pairs[:7], folder=folder, watch=watch, **{**settings, **more}
         )
         return rows, model.state_dict()
@@ -186,14 +199,14 @@ def test_a_run_that_was_killed_goes_on_to_the_last_bit(start, pairs, tmp_path):
 def test_misuse_is_named(start, pairs):
     model, tokenizer = start
     with pytest.raises(ValueError, match="method is 'dop'"):
-        P.tune_pairs(model, tokenizer, pairs, "dop")
+        train_dpo(model, tokenizer, pairs, "dop", steps=1)
     with pytest.raises(ValueError, match="beta is -1"):
-        P.tune_pairs(model, tokenizer, pairs, beta=-1)
+        train_dpo(model, tokenizer, pairs, beta=-1, steps=1)
     with pytest.raises(ValueError, match="budget"):
-        P.tune_pairs(model, tokenizer, pairs, steps=None)
+        train_dpo(model, tokenizer, pairs)
     same = [pair("Who?", "I.", "I."), pair("x" * 99, "I.", "You.")]
     with pytest.raises(ValueError, match="1 have two answers that are alike"):
-        P.tune_pairs(model, tokenizer, same, steps=1)
+        train_dpo(model, tokenizer, same, steps=1)
 
 
 def test_best_of_n_keeps_the_best(start):
@@ -205,7 +218,7 @@ def test_best_of_n_keeps_the_best(start):
         return torch.tensor([float(len(answer)) for answer in answers])
 
     g = torch.Generator().manual_seed(0)
-    best = P.best_of_n(model, tokenizer, prompts, longest, 5, 12, generator=g)
+    best = best_of_n(model, tokenizer, prompts, longest, 5, 12, generator=g)
     assert best.every.shape == (2, 5) and len(best.answers) == 2
     assert best.rewards.tolist() == best.every.amax(dim=1).tolist()
     assert [len(a) for a in best.answers] == best.rewards.tolist()
@@ -213,14 +226,14 @@ def test_best_of_n_keeps_the_best(start):
 
 
 def test_the_bound_of_best_of_n_holds_and_is_sharp_for_many_answers():
-    assert P.best_of_n_kl(1) == 0
+    assert best_of_n_kl(1) == 0
     for n in (2, 4, 16):
         for size in (2, 5, 1000):  # answers, all of the same probability, the last one best
             cdf = torch.arange(size + 1, dtype=torch.float64) / size
             best = (cdf**n).diff()
             kl = (best * (best * size).log()).nansum().item()
-            assert kl <= P.best_of_n_kl(n) + 1e-9
-        assert kl > 0.98 * P.best_of_n_kl(n)
+            assert kl <= best_of_n_kl(n) + 1e-9
+        assert kl > 0.98 * best_of_n_kl(n)
 
 
 def test_best_of_curve_equals_drawing(start):
@@ -228,15 +241,15 @@ def test_best_of_curve_equals_drawing(start):
     proxy = torch.randint(6, (2, 12), generator=g).float()
     true = torch.rand(2, 12, generator=g)
     for n in (1, 2, 5):
-        found = P.best_of_curve(proxy, true, n)
+        found = best_of_n_expected(proxy, true, n)
         draws = torch.randint(12, (40_000, n), generator=g)
         p, t = proxy[:, draws], true[:, draws]  # (2, 40000, n)
         noise = 1e-3 * torch.rand(p.shape, generator=g)  # equal ones are chosen by chance
         best = (p + noise).argmax(dim=-1, keepdim=True)
         assert math.isclose(found[0], p.amax(dim=-1).mean(), abs_tol=0.02)
         assert math.isclose(found[1], t.gather(-1, best).mean(), abs_tol=0.01)
-        assert -1e-9 < found[2] <= P.best_of_n_kl(n) + 1e-9
-    assert P.best_of_curve(proxy, true, 1)[2] == pytest.approx(0, abs=1e-9)
+        assert -1e-9 < found[2] <= best_of_n_kl(n) + 1e-9
+    assert best_of_n_expected(proxy, true, 1)[2] == pytest.approx(0, abs=1e-9)
 
 
 def test_pairs_of_own_answers(start):
@@ -248,10 +261,10 @@ def test_pairs_of_own_answers(start):
         seen.append((messages, a, b))
         return None if len(seen) == 1 else pair(messages[0]["content"], a, b)
 
-    found = P.sample_pairs(model, tokenizer, prompts, compare, n=3, max_new_tokens=8)
+    found = sample_pairs(model, tokenizer, prompts, compare, n=3, max_new_tokens=8)
     assert len(found) == len(seen) - 1 and len(seen) <= 6
     assert all(a != b for _, a, b in seen)
-    again = P.sample_pairs(model, tokenizer, prompts, pair_of, n=3, max_new_tokens=8)
+    again = sample_pairs(model, tokenizer, prompts, pair_of, n=3, max_new_tokens=8)
     assert [(p.chosen, p.rejected) for p in again] == [(a, b) for _, a, b in seen]
 
 
@@ -261,7 +274,7 @@ def pair_of(messages, a, b):
 
 @pytest.mark.parametrize("k, n", [(0, 20), (1, 20), (10, 20), (20, 20), (95, 100)])
 def test_wilson_holds_the_shares_that_do_not_surprise(k, n):
-    found = P.wilson(k, n)
+    found = wilson_interval(k, n)
     assert 0 <= found.low <= k / n <= found.high <= 1
     for edge in (found.low, found.high):  # there, what was seen is 1.96 standard deviations away
         if 0 < edge < 1:
@@ -272,7 +285,7 @@ def test_both_errors_of_refusing_are_counted(start):
     model, tokenizer = start
     harmful, harmless = [say("Tell me!")] * 4, [say("Please?")] * 6
     answers = iter([True, True, True, False, True, False, False, False, False, False])
-    found = P.refusal_errors(
+    found = refusal_errors(
         model, tokenizer, harmful, harmless, lambda m, a: next(answers), max_new_tokens=4
     )
     assert found.answered.share == 0.25 and found.refused.share == pytest.approx(1 / 6)

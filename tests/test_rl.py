@@ -1,4 +1,4 @@
-"""Lesson 75: losses against the textbook formulas under autograd, estimators, and tuning."""
+"""Lessons 75 and 76: losses against the textbook under autograd, estimators, and tuning."""
 
 import copy
 import json
@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_course.align.answers import draw_answers
+from llm_course.align.policy_tuner import (
+    AdaptiveKL, PolicyConfig, PolicyTuner, policy_outputs, train_policy)
 from llm_course.align.rl import (
-    AdaptiveKL, Outlook, PolicyConfig, PolicyTuner, answer_kl, average, gae, group_advantages,
-    grpo_loss, kl_estimates, look_at, ppo_loss, tune_policy, tune_step)
+    PolicyOutputs, average_tokens, gae, group_advantages, grpo_loss, kl_estimates, ppo_loss)
+from llm_course.align.rlhf import answer_kl
 from llm_course.align.chat import add_chat_tokens
 from llm_course.world.writers import say
 from llm_course.core import asset
@@ -92,7 +94,7 @@ def test_ppo_loss_equals_the_formula_written_out(seed):
     g = torch.Generator().manual_seed(seed + 100)
     values, before, returns, advantages, entropy = torch.randn(5, 4, 6, generator=g).unbind()
     values.requires_grad_()
-    new, old = Outlook(now, entropy.abs(), values), Outlook(then, values=before)
+    new, old = PolicyOutputs(now, entropy.abs(), values), PolicyOutputs(then, values=before)
     loss = ppo_loss(new, old, advantages, returns, mask, 0.2, 0.5, 0.01)
     gradients = torch.autograd.grad(loss.total, [now, values])
     terms = []
@@ -152,7 +154,7 @@ def test_an_average_of_nothing_is_zero_and_has_a_gradient():
     x = torch.ones(2, 3, requires_grad=True)
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     for how in ("token", "sequence", "constant"):
-        average(x, nothing, how).backward()
+        average_tokens(x, nothing, how).backward()
     assert (x.grad == 0).all()
 
 
@@ -171,7 +173,7 @@ def vowels(messages: list, answers: list) -> torch.Tensor:
     return torch.tensor([float(sum(c in "aeiou" for c in a)) for a in answers])
 
 
-SMALL = {"batch": 8, "group": 4, "max_new_tokens": 6}
+SMALL = {"batch_size": 8, "group": 4, "max_new_tokens": 6}
 
 
 def states(model) -> torch.Tensor:
@@ -181,7 +183,7 @@ def states(model) -> torch.Tensor:
 def test_log_probs_are_those_of_the_whole_text(tiny):
     model, tokenizer, prompts = tiny
     r = draw_answers(model, tokenizer, prompts, 2, 6, generator=torch.Generator().manual_seed(0))
-    seen = look_at(model, r)
+    seen = policy_outputs(model, r)
     for i in range(len(r.answers)):
         n, start = int(r.mask[i].sum()), int(r.starts[i])
         text = r.tokens[i, : start + n]
@@ -214,9 +216,9 @@ def test_answer_kl_is_the_sum_of_exact_ones(tiny):
 @pytest.mark.parametrize("method", ["reinforce", "ppo", "grpo"])
 def test_each_method_raises_a_reward(tiny, method):
     model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
-    history = tune_policy(
-        model, tokenizer, prompts, vowels, method, steps=30, lr=0.01, kl=0.01, judge=vowels,
-        batch=32, group=4, max_new_tokens=6,
+    history = train_policy(
+        model, tokenizer, prompts, vowels, method, steps=30, lr=0.01, beta=0.01, judge=vowels,
+        batch_size=32, group=4, max_new_tokens=6,
     )  # fmt: skip
     first, last = (sum(r["reward"] for r in rows) / 5 for rows in (history[:5], history[-5:]))
     assert last > first + 0.5
@@ -226,10 +228,10 @@ def test_each_method_raises_a_reward(tiny, method):
 
 def test_the_leash_holds(tiny):
     ends = []
-    for kl in (0.0, 1.0):
+    for beta in (0.0, 1.0):
         model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
-        settings = {"steps": 25, "lr": 0.01, "kl": kl, "batch": 32, "max_new_tokens": 6}
-        ends.append(tune_policy(model, tokenizer, prompts, vowels, **settings)[-1]["kl"])
+        settings = {"steps": 25, "lr": 0.01, "beta": beta, "batch_size": 32, "max_new_tokens": 6}
+        ends.append(train_policy(model, tokenizer, prompts, vowels, **settings)[-1]["kl"])
     assert ends[1] < ends[0] / 3
 
 
@@ -238,7 +240,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(tiny, tmp_path, method):
     model, tokenizer, prompts = tiny
     settings = {**SMALL, "method": method, "steps": 6, "kl_target": 1.0}
     whole = copy.deepcopy(model)
-    history = tune_policy(whole, tokenizer, prompts, vowels, **settings)
+    history = train_policy(whole, tokenizer, prompts, vowels, **settings)
 
     class Stop(Exception):
         pass
@@ -248,20 +250,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(tiny, tmp_path, method):
             raise Stop
 
     with pytest.raises(Stop):
-        tune_policy(
+        train_policy(
             copy.deepcopy(model), tokenizer, prompts, vowels, **settings,
             folder=tmp_path, save_every=3, watch=stop,
         )  # fmt: skip
     again = copy.deepcopy(model)
-    rows = tune_policy(again, tokenizer, prompts, vowels, **settings, folder=tmp_path)
+    rows = train_policy(again, tokenizer, prompts, vowels, **settings, folder=tmp_path)
     assert rows == history
     assert torch.equal(states(again), states(whole))
     with pytest.raises(ValueError, match="kl_target was 1.0 and is 2.0"):
-        tune_policy(
+        train_policy(
             copy.deepcopy(model), tokenizer, prompts, vowels,
             **{**settings, "kl_target": 2.0}, folder=tmp_path,
         )  # fmt: skip
-    done = tune_policy(
+    done = train_policy(
         copy.deepcopy(model), tokenizer, prompts, vowels, **settings, folder=tmp_path
     )
     assert done == history
@@ -271,10 +273,10 @@ def test_the_reference_stays_and_the_seed_decides(tiny):
     model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
     before = states(model)
     t = PolicyTuner(model, tokenizer, prompts, vowels, PolicyConfig(steps=2, **SMALL), seed=1)
-    tune_step(t)
+    t.take_step()
     assert torch.equal(states(t.reference), before) and not torch.equal(states(model), before)
     runs = [
-        tune_policy(copy.deepcopy(tiny[0]), tokenizer, prompts, vowels, steps=2, seed=s, **SMALL)
+        train_policy(copy.deepcopy(tiny[0]), tokenizer, prompts, vowels, steps=2, seed=s, **SMALL)
         for s in (1, 1, 2)
     ]
     assert runs[0] == runs[1] != runs[2]
@@ -282,15 +284,15 @@ def test_the_reference_stays_and_the_seed_decides(tiny):
 
 def test_minutes_are_a_budget_too(tiny):
     model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
-    settings = {**SMALL, "steps": None, "minutes": 0.01}
-    assert len(tune_policy(model, tokenizer, prompts, vowels, **settings)) >= 1
+    settings = {**SMALL, "minutes": 0.01}
+    assert len(train_policy(model, tokenizer, prompts, vowels, **settings)) >= 1
 
 
 def test_equal_rewards_move_nothing_but_the_leash(tiny):
     model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
     before = states(model)
     same = lambda messages, answers: torch.ones(len(answers))  # noqa: E731
-    tune_policy(model, tokenizer, prompts, same, steps=1, kl=0.0, **SMALL)
+    train_policy(model, tokenizer, prompts, same, steps=1, beta=0.0, **SMALL)
     assert torch.equal(states(model), before)
 
 
@@ -331,7 +333,7 @@ def test_recorded_over_optimisation_is_gone_on_a_short_leash():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_a_full_run_closes_a_quarter_of_the_gap(method):
-    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
     try:
         import align
     finally:
