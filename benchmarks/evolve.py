@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from llm_course.core import set_seed
-from llm_course.evolve.population import low_rank, population_loss
-from llm_course.evolve.search import dense, flatten, shapes_of
+from llm_course.evolve.population import population_loss
+from llm_course.evolve.stack import draw_low_rank
+from llm_course.evolve.vectors import dense_candidates, flatten_model, parameter_shapes
 from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
 from llm_course.train.runner import keep_memory
@@ -56,11 +57,11 @@ def make() -> tuple:
     "The model, its vector, low-rank candidates, and the same candidates as ready-made models."
     set_seed(0)
     model = GPT(GPTConfig(VOCAB, CONTEXT, 24, n_layers=1, n_heads=1, style=STYLE)).eval()
-    vector = flatten(model)
-    low = low_rank(vector, tuple(shapes_of(model).values()), POPULATION, SIGMA)
+    vector = flatten_model(model)
+    low = draw_low_rank(vector, tuple(parameter_shapes(model).values()), POPULATION, SIGMA)
     models = [copy.deepcopy(model) for _ in range(POPULATION)]
-    for one, own in zip(models, dense(low)):
-        flatten(one).copy_(own)
+    for one, own in zip(models, dense_candidates(low)):
+        flatten_model(one).copy_(own)
     return model, vector, low, models
 
 
@@ -78,7 +79,7 @@ def loop(models: list, tokens, targets, threads: int | None = None):
 def evaluations() -> dict:
     "Print evaluations per second; returns seconds by (side, tokens)."
     model, vector, low, models = make()
-    crowd, peak, seconds = dense(low), peak_flops(), {}
+    crowd, peak, seconds = dense_candidates(low), peak_flops(), {}
     print(
         f"{POPULATION} models of {len(vector):,} parameters, {torch.get_num_threads()} threads, "
         f"{peak / 1e9:.0f} GFLOP/s in one large product; evaluations per second (times the loop)"
@@ -125,7 +126,7 @@ def our_steps(tokens, targets) -> dict:
 
         return step
 
-    noise = LowRankNoise(shapes_of(model))
+    noise = LowRankNoise(parameter_shapes(model))
     return {
         "ours, full noise": stepper(ES(vector, POPULATION, SIGMA)),
         "ours, low rank": stepper(ES(vector, POPULATION, SIGMA, noise=noise)),
@@ -173,10 +174,10 @@ def evosax_step(tokens, targets):
     from evosax.algorithms import Open_ES
 
     model, vector, low, _ = make()
-    loss = jax_loss(shapes_of(model))
+    loss = jax_loss(parameter_shapes(model))
     tokens_, targets_ = jnp.array(tokens.numpy()), jnp.array(targets.numpy())
     scores = jax.jit(jax.vmap(loss, (0, None, None)))
-    got = torch.tensor(scores(jnp.array(dense(low).numpy()), tokens_, targets_).tolist())
+    got = torch.tensor(scores(jnp.array(dense_candidates(low).numpy()), tokens_, targets_).tolist())
     assert torch.allclose(got, population_loss(model, low, tokens, targets), atol=1e-4)
     start = jnp.array(vector.numpy())
     es = Open_ES(

@@ -38,8 +38,10 @@ import torch
 
 from llm_course.core import atomic_write
 from llm_course.evolve.population import population_loss
-from llm_course.evolve.race import gradient_step, search_step, trace
-from llm_course.evolve.search import GA, HillClimb, RandomSearch, evolve, flatten, one_by_one
+from llm_course.evolve.race import gradient_step, search_step, trace_loss
+from llm_course.evolve.runs import evolve, score_one_by_one
+from llm_course.evolve.search import GA, HillClimb, RandomSearch
+from llm_course.evolve.vectors import flatten_model
 from llm_course.evolve.strategies import CMAES, ES
 from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig
@@ -103,7 +105,7 @@ def make_model(text: Text, width: int, seed: int) -> GPT:
 def run(text, name, width, seed, size, rows, tokens, seconds) -> list:
     "One method on one model."
     model, batch = make_model(text, width, seed), text.batches(rows, seed)
-    start = flatten(model)
+    start = flatten_model(model)
     if name in SEARCHES:
         strategy = SEARCHES[name](start, size, seed)
         step = search_step(strategy, model, batch)
@@ -118,7 +120,7 @@ def run(text, name, width, seed, size, rows, tokens, seconds) -> list:
         def weights():
             return start.detach()
 
-    points = trace(
+    points = trace_loss(
         step, lambda: population_loss(model, weights()[None], *text.valid).item(), tokens, seconds
     )
     return [
@@ -156,7 +158,7 @@ def race(text, widths, methods, seeds, tokens, seconds) -> list:
     "All methods, sizes and seeds."
     found = []
     for width in widths:
-        n = len(flatten(make_model(text, width, 0)))
+        n = len(flatten_model(make_model(text, width, 0)))
         for name in methods:
             size, rows = choose(text, name, width, tokens / 4, seconds / 4)
             runs = [run(text, name, width, s, size, rows, tokens, seconds) for s in seeds]
@@ -210,7 +212,7 @@ def train_shape(text, genes: dict, seconds: float, seed: int) -> float:
         optimizer.param_groups[0]["lr"] = genes["step size"] * left
         optimizer.step()
         step, left = step + 1, 1 - (time.process_time() - begun) / seconds
-    loss = population_loss(model, flatten(model)[None], *text.valid).item()
+    loss = population_loss(model, flatten_model(model)[None], *text.valid).item()
     return loss if math.isfinite(loss) else 99.0
 
 
@@ -225,14 +227,14 @@ def search_shapes(text, method: str, trainings: int, seconds: float, seed: int) 
 
     first = trainings if method == "random search" else trainings // 3
     search = RandomSearch(torch.zeros(len(GENES)), first, 1.0, seed)
-    evolve(search, one_by_one(score), generations=1)
+    evolve(search, score_one_by_one(score), generations=1)
     if method == "evolution":  # the first third are the ancestors of the others
         search = GA(torch.zeros(len(GENES)), first, 0.5, pressure=0.25, seed=seed)
         search.memory |= {
             "pool": torch.stack([vector for _, vector in tried]),
             "scores": torch.tensor([-loss for loss, _ in tried]),
         }
-        evolve(search, one_by_one(score), evaluations=trainings - first)
+        evolve(search, score_one_by_one(score), evaluations=trainings - first)
     losses = [loss for loss, _ in tried]
     genes = express(tried[losses.index(min(losses))][1])
     again = [round(train_shape(text, genes, seconds, 1000 + s), 4) for s in range(3)]

@@ -11,21 +11,11 @@ import time
 import pytest
 import torch
 
-from llm_course.evolve.population import LowRank, Stack, low_rank, population_loss
-from llm_course.evolve.search import (
-    GA,
-    STATE,
-    HillClimb,
-    RandomSearch,
-    ScoreError,
-    Strategy,
-    dense,
-    each_loss,
-    evolve,
-    flatten,
-    one_by_one,
-    shapes_of,
-)
+from llm_course.evolve.population import population_loss
+from llm_course.evolve.runs import SEARCH_FILE, ScoreError, Strategy, evolve, score_one_by_one
+from llm_course.evolve.search import GA, HillClimb, RandomSearch
+from llm_course.evolve.vectors import dense_candidates, each_loss, flatten_model, parameter_shapes
+from llm_course.evolve.stack import LowRank, ModelStack, draw_low_rank
 from llm_course.evolve.strategies import CMAES, ES
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.gpt import GPT, GPTConfig
@@ -35,7 +25,7 @@ KINDS = [RandomSearch, HillClimb, GA]
 
 
 def sphere(candidates):
-    return -(dense(candidates) - 1).square().sum(dim=1)
+    return -(dense_candidates(candidates) - 1).square().sum(dim=1)
 
 
 def same_state(a, b):
@@ -47,10 +37,10 @@ class Low(Strategy):
     "A search whose candidates are low-rank."
 
     def propose(self, generator):
-        return low_rank(self.mean, ((2, 5),), self.population, 0.1, generator=generator)
+        return draw_low_rank(self.mean, ((2, 5),), self.population, 0.1, generator=generator)
 
     def learn(self, scores):
-        self.memory["mean"] = dense(self.candidates[int(scores.argmax()) :])[0]
+        self.memory["mean"] = dense_candidates(self.candidates[int(scores.argmax()) :])[0]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, Low])
@@ -120,7 +110,7 @@ def test_a_killed_search_ends_like_one_that_was_not(tmp_path):
 
 def test_other_settings_are_refused(tmp_path):
     evolve(GA(torch.zeros(5), 8), sphere, generations=2, folder=tmp_path)
-    with pytest.raises(ValueError, match="other settings: seed, scale"):
+    with pytest.raises(ValueError, match="other settings: seed was 0 and is 1, scale was 0.05 and is 1.0"):
         evolve(GA(torch.zeros(5), 8, scale=1.0, seed=1), sphere, generations=4, folder=tmp_path)
     with pytest.raises(ValueError, match="kind"):
         evolve(HillClimb(torch.zeros(5), 8), sphere, generations=4, folder=tmp_path)
@@ -128,8 +118,8 @@ def test_other_settings_are_refused(tmp_path):
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     evolve(GA(torch.zeros(5), 8), sphere, generations=2, folder=tmp_path)
-    data = (tmp_path / STATE).read_bytes()
-    (tmp_path / STATE).write_bytes(data[: len(data) // 2])
+    data = (tmp_path / SEARCH_FILE).read_bytes()
+    (tmp_path / SEARCH_FILE).write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="damaged"):
         evolve(GA(torch.zeros(5), 8), sphere, generations=4, folder=tmp_path)
 
@@ -158,7 +148,7 @@ def test_a_failing_score_names_who_failed(kind, chunk, tmp_path):
 
     def score(candidates, generation):
         if generation == 3:
-            for i, vector in enumerate(dense(candidates)):
+            for i, vector in enumerate(dense_candidates(candidates)):
                 if torch.equal(vector, seen["bad"]):
                     raise KeyError("lost")
         return sphere(candidates)
@@ -173,7 +163,7 @@ def test_a_failing_score_names_who_failed(kind, chunk, tmp_path):
     error = got.value
     assert (error.generation, error.index, error.seed) == (3, 7, 5)
     assert torch.equal(search.replay(3, 7), seen["bad"])
-    tensors, facts = read_checkpoint(tmp_path / STATE)  # another day, another process
+    tensors, facts = read_checkpoint(tmp_path / SEARCH_FILE)  # another day, another process
     later = kind(torch.zeros(10), 9, seed=5)
     later.load_state_dict(tensors, facts["search"])
     assert torch.equal(later.replay(3, 7), seen["bad"])
@@ -194,7 +184,7 @@ def test_chunks_shrink_until_they_fit(kind, error, tmp_path):
     sizes = []
 
     def score(candidates):
-        sizes.append(len(dense(candidates)))
+        sizes.append(len(dense_candidates(candidates)))
         if sizes[-1] > 5:
             raise error
         return sphere(candidates)
@@ -297,7 +287,7 @@ def test_flatten_makes_views():
     model = GPT(GPTConfig(11, 8, 8, 1, 2, style=GPT2))
     tokens = torch.arange(8)[None]
     before = model(tokens)
-    vector = flatten(model)
+    vector = flatten_model(model)
     assert torch.equal(model(tokens), before)
     assert len(vector) == sum(p.numel() for p in model.parameters())
     first = vector.data_ptr()
@@ -310,7 +300,7 @@ def test_flatten_makes_views():
     assert (vector[: model.embed.weight.numel()] == 2).all()
     assert torch.equal(model.head.weight, model.embed.weight), "tied weights stay tied"
     with pytest.raises(ValueError, match="one dtype"):
-        flatten(torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).double()]))
+        flatten_model(torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).double()]))
 
 
 STYLES = [
@@ -328,8 +318,8 @@ STYLES = [
 def test_all_ways_agree(style, threads, population):
     g = torch.Generator().manual_seed(0)
     model = GPT(GPTConfig(17, 16, 16, 2, 4, n_kv_heads=2, style=style))
-    vector = flatten(model)
-    crowd = low_rank(vector, tuple(shapes_of(model).values()), population, 0.3, 2, g)
+    vector = flatten_model(model)
+    crowd = draw_low_rank(vector, tuple(parameter_shapes(model).values()), population, 0.3, 2, g)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -337,11 +327,11 @@ def test_all_ways_agree(style, threads, population):
             tokens = torch.randint(17, (2, rows, length), generator=g)
             want = each_loss(model, crowd, *tokens)
             assert torch.allclose(population_loss(model, crowd, *tokens), want, atol=1e-4)
-            assert torch.allclose(population_loss(model, dense(crowd), *tokens), want, atol=1e-4)
+            assert torch.allclose(population_loss(model, dense_candidates(crowd), *tokens), want, atol=1e-4)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(flatten(model), vector), "the model itself is left alone"
+    assert torch.equal(flatten_model(model), vector), "the model itself is left alone"
 
 
 def test_what_cannot_be_stacked_is_looped():
@@ -355,7 +345,7 @@ def test_what_cannot_be_stacked_is_looped():
 
     model, tokens = Odd(), torch.arange(6).view(2, 3)
     with pytest.raises(TypeError, match="Odd"):
-        Stack(model)
+        ModelStack(model)
     crowd = torch.randn(5, 7)
     got = population_loss(model, crowd, tokens, tokens)
     assert torch.allclose(got, population_loss(model, crowd, tokens, tokens, how="vmap"))
@@ -364,8 +354,8 @@ def test_what_cannot_be_stacked_is_looped():
 
 
 def test_low_rank_is_what_it_says():
-    low = low_rank(torch.zeros(26), ((4, 5), (6,)), 3000, 0.5, 2, torch.Generator().manual_seed(0))
-    every = dense(low)
+    low = draw_low_rank(torch.zeros(26), ((4, 5), (6,)), 3000, 0.5, 2, torch.Generator().manual_seed(0))
+    every = dense_candidates(low)
     assert isinstance(low, LowRank) and every.shape == (3000, 26)
     assert torch.allclose(every.std(dim=0), torch.full((26,), 0.5), atol=0.05)
     ranks = torch.linalg.matrix_rank(every[:9, :20].view(9, 4, 5))
@@ -380,6 +370,6 @@ def test_one_by_one():
         return -vector.square().sum()
 
     search = GA(torch.ones(3), 5)
-    evolve(search, one_by_one(score), generations=2)
+    evolve(search, score_one_by_one(score), generations=2)
     assert seen == [0] * 5 + [1] * 5
     json.dumps(search.state_dict()[1])

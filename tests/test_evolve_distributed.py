@@ -20,9 +20,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llm_course.evolve.distributed import Exchange, evolve_together, own_rows, take_part
+from llm_course.evolve.distributed import Exchange, blocks_of_worker, evolve_together
 from llm_course.evolve.population import LowRankNoise
-from llm_course.evolve.search import dense, evolve, flatten
+from llm_course.evolve.runs import evolve
+from llm_course.evolve.vectors import dense_candidates, flatten_model
 from llm_course.evolve.strategies import CMAES, ES, centred_ranks
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.train.checkpoint import checksum
@@ -36,7 +37,7 @@ WORKER = """
     import torch
     import torch.distributed as dist
     from llm_course.evolve.population import population_loss
-    from llm_course.evolve.search import flatten
+    from llm_course.evolve.search import flatten_model
     from llm_course.evolve.distributed import Exchange, evolve_together, torchrun_store
     from llm_course.evolve.strategies import ES
     from llm_course.model.gpt import GPT, GPTConfig
@@ -46,7 +47,7 @@ WORKER = """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = GPT(GPTConfig(20, 16, 8, n_layers=1, n_heads=1))
-    es = ES(flatten(model), population=32, sigma=0.05, lr=0.03)
+    es = ES(flatten_model(model), population=32, sigma=0.05, lr=0.03)
     blocks = 0
 
     def score(candidates, generation):
@@ -194,7 +195,7 @@ def first_strategy() -> ES:
     "As in WORKER."
     torch.manual_seed(0)
     model = GPT(GPTConfig(20, 16, 8, n_layers=1, n_heads=1))
-    return ES(flatten(model), POPULATION, sigma=0.05, lr=0.03)
+    return ES(flatten_model(model), POPULATION, sigma=0.05, lr=0.03)
 
 
 def forbidden(candidates, generation):
@@ -215,7 +216,7 @@ def test_who_was_left_out_comes_back(tmp_path):
 
     take_part_of_second = ES(torch.zeros(20), 8, 0.1, 0.05)
     evolve_together(take_part_of_second, bowl, two[1], 3, block=2)
-    take_part(two[1], take_part_of_second, bowl, block=2)  # asks to be let in
+    two[1].take_part(take_part_of_second, bowl, block=2)  # asks to be let in
     evolve_together(first, bowl, two[0], 4, block=2)
     assert two[0].decision(3) == [[0], [0, 1]]
     evolve_together(second, bowl, two[1], 4, block=2)
@@ -226,7 +227,7 @@ def test_who_was_left_out_comes_back(tmp_path):
 def test_every_individual_has_one_worker():
     for members in ([0], [0, 1], [1, 3, 4], [0, 1, 2, 3, 4, 5]):
         for population, block in [(32, 4), (30, 4), (6, 8), (7, 2)]:
-            rows = [s for r in members for s in own_rows(members, r, population, block)]
+            rows = [s for r in members for s in blocks_of_worker(members, r, population, block)]
             found = sorted(i for s in rows for i in range(s.start, s.stop))
             assert found == list(range(population))
 
@@ -254,7 +255,7 @@ def test_resume_bit_for_bit(tmp_path, name):
 
 
 def from_dense(candidates):
-    return bowl(dense(candidates))
+    return bowl(dense_candidates(candidates))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
