@@ -24,7 +24,8 @@ import torch
 
 from llm_course.align.answers import draw_answers
 from llm_course.align.chat import Rendered, load_assistant, render
-from llm_course.align.sft import ChatBatches, Packed, add_lora, render_story, train_sft
+from llm_course.align.lora import add_lora
+from llm_course.align.sft import ChatBatches, Packed, render_story, train_sft
 from llm_course.core import atomic_write, set_seed
 from llm_course.data.batches import one_pass
 from llm_course.model.files import save_model

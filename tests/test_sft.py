@@ -12,8 +12,8 @@ from llm_course.align.answers import draw_answers
 from llm_course.align.chat import (
     CHAT_TOKENS, add_chat_tokens, load_assistant, read_chats, read_pairs, recent_messages, render,
     render_text)
-from llm_course.align.sft import (
-    LoRA, ChatBatches, Packed, add_lora, merge_lora, render_story, train_sft)
+from llm_course.align.lora import LoRA, add_lora, merge_lora
+from llm_course.align.sft import ChatBatches, Packed, render_story, train_sft
 from llm_course.core import asset
 from llm_course.model.block import GPT2, COURSE
 from llm_course.model.gpt import GPT, GPTConfig

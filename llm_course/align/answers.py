@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rollout', 'draw_answers', 'answer_chat', 'stream_answer', 'explore_chat', 'pad_rows', 'answer_mask', 'EncodedPairs',
-           'encode_pairs', 'pair_batch', 'plan_pair_batches', 'PairBatches']
+           'encode_pairs', 'pair_batch', 'plan_pair_batches', 'PairBatches', 'budget_of_passes']
 
 # %% ../../nbs/71b_align.answers.ipynb #8fe44cd4
 import html
@@ -18,6 +18,7 @@ from ..core import need
 from ..generate.cache import sample_batch, stream
 from ..model.gpt import GPT
 from ..tokens.text import Tokenizer
+from ..train.runner import exactly_one
 from ..world.writers import say
 
 # %% ../../nbs/71b_align.answers.ipynb #057b06ee
@@ -241,3 +242,18 @@ class PairBatches:
         self.epoch, self.number = state["epoch"], state["number"]
         seed = 1000003 * self.seed + self.epoch
         self.plan = plan_pair_batches(self.groups, self.batch_size, seed)
+
+# %% ../../nbs/71b_align.answers.ipynb #82aa53dc
+def budget_of_passes(
+    n_batches: int,               # In one pass
+    usual: float,                 # Passes if nothing is given
+    epochs: float | None = None,  # Passes over the examples, or ...
+    steps: int | None = None,     # ... steps, or ...
+    minutes: float | None = None, # ... how long
+) -> dict:                        # "steps" and "minutes", of which one is None
+    "Passes as steps. Raises `ValueError` if more than one of the three is given."
+    if epochs is steps is minutes is None:
+        epochs = usual
+    if exactly_one(epochs=epochs, steps=steps, minutes=minutes) == "epochs":
+        steps = max(1, round(epochs * n_batches))
+    return {"steps": steps, "minutes": minutes}
