@@ -14,13 +14,14 @@ READY   := .venv/.ready
 ROOT    := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lab: $(READY)
-	$(BIN)/jupyter lab --ServerApp.root_dir="$(LESSONS)" --LabApp.default_url=/lab/tree/index.ipynb $(ROOT) $(ARGS)
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(LESSONS)" --LabApp.default_url=/lab/tree/00_start.ipynb $(ROOT) $(ARGS)
 
 # Two lessons, or two files of tests, at a time, each with one thread, use two cores.
 test: $(READY)
 	$(BIN)/pytest tests/test_in_sync.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore tests/test_in_sync.py -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_rerun.py -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore tests/test_in_sync.py --ignore tests/test_rerun.py -n 2 --dist loadfile
 
 docs: $(READY)
 	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else \
