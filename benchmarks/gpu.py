@@ -53,7 +53,7 @@ try:
     from llm_course.train.meter import (
         best_seconds, measured_peak, memory_bandwidth, memory_used, peak_flops)
     from llm_course.train.scale import memory_need, mfu
-    from llm_course.train.tune import rates_for
+    from llm_course.train.transfer import rates_for_width
 except ImportError as error:
     sys.exit(
         f"{error}. This benchmark needs torch, numpy, regex and safetensors: "
@@ -175,7 +175,7 @@ def first_losses(part, device: torch.device, precision: str, smoke: bool, steps:
     set_seed(0)
     width, T, B = (64, 32, 4) if smoke else (384, 256, 16)
     model = GPT(GPTConfig(part.vocab_size, T, width, 2 if smoke else 6, width // 32)).to(device)
-    config = TrainConfig(steps=steps, precision=precision, **rates_for(width))
+    config = TrainConfig(steps=steps, precision=precision, **rates_for_width(width))
     trainer = Trainer(model, RandomWindows(part, B, T), config)
     return [train_step(trainer).item() for _ in range(steps)]
 
@@ -228,7 +228,7 @@ def speed(config: GPTConfig, part, device: torch.device, how: str, args) -> dict
         steps=1000,
         accumulate=args.accumulate,
         precision=args.precision,
-        **rates_for(config.d_model),
+        **rates_for_width(config.d_model),
     )
     trainer = Trainer(model, batches, settings)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -309,7 +309,7 @@ def long_run(config: GPTConfig, part, held, device: torch.device, args) -> dict:
         minutes=args.minutes,
         accumulate=args.accumulate,
         precision=args.precision,
-        **rates_for(config.d_model),
+        **rates_for_width(config.d_model),
     )
     batches = RandomWindows(part, size, T, seed=2)
     progress = train(model, batches, settings, valid, eval_every=args.every, watch=show)

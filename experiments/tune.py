@@ -41,6 +41,7 @@ from llm_course.tokens.text import WordTokenizer
 from llm_course.train.loop import TrainConfig, Trainer, evaluate, train_step
 from llm_course.train.runner import keep_memory
 from llm_course.train.optim import AdamW, Muon, OptimizerGroup, split_params
+from llm_course.train.tune import RowBatches
 from llm_course.world import World
 
 FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "tune.json"
@@ -52,22 +53,6 @@ def openings(n: int, seed: int) -> list:
     stories = [story[:300] for story in World(seed=0).sample(n, seed)]
     split = WordTokenizer.train(stories)
     return [split.decode(split.encode(story)[:TOKENS]) for story in stories]
-
-
-class Rows:
-    "Endless random batches of rows of a table of token ids."
-
-    def __init__(self, ids, batch_size: int, seed: int):
-        self.ids, self.size = ids, batch_size
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        picks = torch.randint(len(self.ids), (self.size,), generator=self.generator)
-        rows = self.ids[picks]
-        return rows[:, :-1], rows[:, 1:], None
 
 
 def load() -> tuple:
@@ -91,7 +76,7 @@ def gpt(seed: int, d_model: int = 32, n_layers: int = 1) -> GPT:
 def loss_of(seed, d_model=32, n_layers=1, steps=80, lr_matrix=None, make=None, **settings):
     "Train one model; its loss on unseen openings, or None if it broke."
     config = TrainConfig(steps, lr_matrix=lr_matrix, precision="float32", **settings)
-    trainer = Trainer(gpt(seed, d_model, n_layers).train(), Rows(SEEN, 16, seed), config)
+    trainer = Trainer(gpt(seed, d_model, n_layers).train(), RowBatches(SEEN, 16, seed), config)
     if make:
         trainer.optimizer = make(trainer.model)
     try:
@@ -105,7 +90,7 @@ def loss_of(seed, d_model=32, n_layers=1, steps=80, lr_matrix=None, make=None, *
 def steps_to(target: float, batch_size: int, lr: float, seed: int, most: int):
     "Steps until the loss on unseen openings is `target`, to 5 %; None if it takes too long."
     config = TrainConfig(10**6, lr_matrix=None, lr=lr, schedule="constant", precision="float32")
-    trainer = Trainer(gpt(seed).train(), Rows(SEEN, batch_size, seed), config)
+    trainer = Trainer(gpt(seed).train(), RowBatches(SEEN, batch_size, seed), config)
     look, before = 10, (0, math.log(VOCAB))
     while trainer.progress.step < most:
         train_step(trainer)

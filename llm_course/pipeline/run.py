@@ -34,7 +34,7 @@ from ..train.plan import (
     Machine, Preset, dial_preset, make_plan, pick_preset, read_plan, train_plan)
 from ..train.watch import QuietReporter, Reporter
 from ..train.workers import first_process_does
-from ..train.tune import power_of_two
+from ..train.transfer import round_to_power_of_two
 
 # %% ../../nbs/95b_pipeline.run.ipynb #917bd9c9
 @dataclass
@@ -346,7 +346,7 @@ def vocab_size_for(
     most: int,    # What the model can afford
 ) -> int:         # At least 384
     "A vocabulary that the text can teach and the model can afford."
-    return max(384, min(power_of_two(math.sqrt(max(n_bytes, 4)) / 2), most))
+    return max(384, min(round_to_power_of_two(math.sqrt(max(n_bytes, 4)) / 2), most))
 
 def read_tokenizer(
     path: str, # A tokenizer of the course, or tiktoken's ranks (.tiktoken)

@@ -29,7 +29,7 @@ from .ranks import from_first, rank, world_size
 from .parallel import distribute_model
 from .meter import device_memory, maybe_compile
 from .scale import MemoryNeed, memory_need, recompute_blocks
-from .tune import dial, rates_for
+from .transfer import rates_for_width, sizes_for_depth
 from .watch import Logbook, QuietReporter, Reporter, WatchedBatches, format_duration
 
 # %% ../../nbs/47b_train.plan.ipynb #320b547e
@@ -78,7 +78,7 @@ def dial_preset(
     depth: int, # Layers, from 1 to 48
 ) -> Preset:    # With all other sizes to match
     "A preset from one number."
-    d = dial(depth)
+    d = sizes_for_depth(depth)
     vocab_size = 2 ** int(math.log2(2 * depth * d.d_model))
     config = GPTConfig(min(vocab_size, 32_768), d.context_length, d.d_model, depth, d.n_heads)
     return Preset(f"depth {depth}", config, d.batch_size)
@@ -179,7 +179,7 @@ def outline(
     model = replace(c, vocab_size=V, context_length=context)
     chosen = {k: getattr(self, k) for k in ("lr", "lr_matrix") if getattr(self, k)}
     budget = {"steps": 1} if self.minutes is None else {"minutes": self.minutes}
-    rates = {**rates_for(c.d_model), **chosen}
+    rates = {**rates_for_width(c.d_model), **chosen}
     training = TrainConfig(**budget, **rates, accumulate=self.accumulate)
     return Plan(model, training, self.batch_size * more, whole)
 
