@@ -5,7 +5,7 @@
 One text at a time, greedy: two Llama-shaped models of up to 10 million parameters, and one of
 GPT-2's size and shape. The tokens must be the same on both sides. Then many together, as
 reinforcement learning needs them: 32 prompts of different lengths, 8 texts each, 16 new tokens;
-beside transformers' generate and lesson 50's generate_batch, which has no cache. All sides take
+beside transformers' generate and our own sample_batch without the cache. All sides take
 turns in one run, and the table shows medians of the rounds, after a first that does not count. The
 last line is JSON; `value` is our tokens per second over transformers' for one text and the model of
 the course's own size (1.4 million), bar 3; `larger` the same for 9.4 million, where fetching the
@@ -20,8 +20,7 @@ import warnings
 
 import torch
 
-from llm_course.generate.cache import sample_batch, stream
-from llm_course.generate.sampling import generate_batch
+from llm_course.generate.write import generate, sample_batch
 from llm_course.model.block import GPT2, LLAMA, hidden_width
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.train.runner import keep_memory
@@ -109,7 +108,7 @@ def one_text(config: GPTConfig, new: int, rounds: int) -> dict:
     g = torch.Generator().manual_seed(1)
     prompt = torch.randint(config.vocab_size, (1, PROMPT), generator=g)
     sides = {
-        "ours": lambda: list(stream(ours, prompt[0], new, temperature=0)),
+        "ours": lambda: list(generate(ours, prompt[0], new, temperature=0)),
         "transformers": lambda: theirs.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
             do_sample=False)[0, PROMPT:].tolist(),
@@ -132,8 +131,7 @@ def many_texts(config: GPTConfig, rounds: int) -> dict:
         "transformers": lambda: theirs.generate(
             padded, attention_mask=(padded > 0).long(), max_new_tokens=16, do_sample=True, top_k=0,
             num_return_sequences=8),
-        "no cache": lambda: generate_batch(
-            ours, [p for p in prompts for _ in range(8)], 16, batch_size=256),
+        "no cache": lambda: sample_batch(lambda tokens: ours(tokens), prompts, 16, n=8),
     }, rounds)
 
 

@@ -20,7 +20,7 @@ from llm_course.align.choose import best_of_n_expected, best_of_n_kl
 from llm_course.align.pair_tuner import sample_pairs, train_dpo
 from llm_course.align.chat import render
 from llm_course.align.sft import train_sft
-from llm_course.generate.cache import sample_batch
+from llm_course.generate.write import sample_batch
 from llm_course.world.requests import SECRET_LEAKS, correctness, refused, says
 from llm_course.world.talk import make_annotators
 from llm_course.world.writers import best_answer, say

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llm_course.generate.cache import (
-    KVCache, cache_bytes, draw, is_plain, prefill, read_on, sample_batch, select_rows, stream)
-from llm_course.generate.sampling import (
-    chi_square, filter_logits, generate, generate_batch, last_logits)
+from llm_course.generate.cache import KVCache, cache_bytes, prefill
+from llm_course.generate.pieces import is_plain_block
+from llm_course.generate.sampling import chi_square, filter_logits, last_logits
+from llm_course.generate.write import draw_tokens, generate, sample_batch
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.gpt import GPT, GPTConfig
 
@@ -29,6 +29,11 @@ def small(style=COURSE, **changes) -> GPT:
     for p in model.parameters():
         p.data.add_(0.3 * torch.randn_like(p))
     return model.eval()
+
+
+def no_cache(model: GPT):
+    "The same model as any callable: it reads the whole text for each token."
+    return lambda tokens: model(tokens)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -52,7 +57,7 @@ def test_logits_are_those_without_a_cache(style, groups, window, rows, pieces, s
         rows = [row + more.tolist() for row, more in zip(rows, new)]
         if max(map(len, rows)) > 24:
             return
-        got = read_on(model, new, cache, every=True)
+        got = cache.read(new, every=True)
         assert got.shape == (len(rows), size, 40)
         assert torch.allclose(got[:, -1], last_logits(model, rows), atol=1e-4)
 
@@ -63,7 +68,7 @@ def test_short_texts_go_on_when_the_columns_outnumber_the_context():
         model = small(style)
         samples = sample_batch(model, [[1] * 20, [2]], 30, temperature=0)
         assert [len(new) for new in samples.tokens] == [4, 23]
-        assert samples.tokens[1] == generate_batch(model, [[2]], 23, temperature=0)[0]
+        assert samples.tokens[1] == sample_batch(no_cache(model), [[2]], 23, temperature=0).tokens[0]
 
 
 @each_style
@@ -89,9 +94,9 @@ def test_bytes_are_counted_right(groups, batch_size, length, shift, dtype):
 def test_a_full_cache_says_so():
     model = small()
     _, cache = prefill(model, PROMPTS, room=1)
-    read_on(model, torch.zeros(4, 1, dtype=torch.long), cache)
+    cache.read(torch.zeros(4, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="room for 7 positions; 7 are in use and 1 more"):
-        read_on(model, torch.zeros(4, 1, dtype=torch.long), cache)
+        cache.read(torch.zeros(4, 1, dtype=torch.long))
 
 
 # --- Other kinds of models ------------------------------------------------------------------------
@@ -118,9 +123,9 @@ def test_layers_may_be_replaced(style):
             for name in names:
                 setattr(part, name, Low(getattr(part, name)))
     samples = sample_batch(model, PROMPTS, 10, temperature=0)
-    assert samples.tokens == generate_batch(model, PROMPTS, 10, temperature=0)
+    assert samples.tokens == sample_batch(no_cache(model), PROMPTS, 10, temperature=0).tokens
     assert samples.tokens != sample_batch(small(style), PROMPTS, 10, temperature=0).tokens
-    assert list(stream(model, PROMPTS[0], 10, temperature=0)) == samples.tokens[0]
+    assert list(generate(model, PROMPTS[0], 10, temperature=0)) == samples.tokens[0]
 
 
 def test_compiled_and_distributed_models():
@@ -131,7 +136,7 @@ def test_compiled_and_distributed_models():
     try:
         wrapped = nn.parallel.DistributedDataParallel(compiled)
         assert sample_batch(wrapped, PROMPTS, 8, temperature=0).tokens == expected
-        assert list(stream(wrapped, PROMPTS[1], 8, temperature=0)) == expected[1]
+        assert list(generate(wrapped, PROMPTS[1], 8, temperature=0)) == expected[1]
     finally:
         dist.destroy_process_group()
 
@@ -146,7 +151,7 @@ def test_training_goes_on_as_before():
     weight = torch.ones((), requires_grad=True)
     (weight * samples.log_probs).sum().backward()
     assert weight.grad == samples.log_probs.sum()
-    for _ in stream(model, PROMPTS[0], 3):
+    for _ in generate(model, PROMPTS[0], 3):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert model.training
 
@@ -167,10 +172,10 @@ def test_on_a_gpu(style):
 def test_stops_and_batches(style, batch_size):
     model, stops = small(style), set(range(6))
     samples = sample_batch(model, PROMPTS, 15, stops, n=2, batch_size=batch_size, temperature=0)
-    plain = generate_batch(model, PROMPTS, 15, stop=stops, temperature=0)
+    plain = sample_batch(no_cache(model), PROMPTS, 15, stop=stops, temperature=0).tokens
     for i, (new, stopped) in enumerate(zip(samples.tokens, samples.stopped)):
         assert stopped == (new[-1] in stops) and not set(new[:-1]) & stops
-        assert (new[:-1] if stopped else new) == plain[i // 2][:15]
+        assert new == plain[i // 2][:15]
         assert samples.mask[i].sum() == len(new) and samples.mask[i, :len(new)].all()
         assert (samples.log_probs[i, len(new):] == 0).all()
 
@@ -223,17 +228,17 @@ def test_what_has_ended_costs_nothing():
 def test_rows_may_be_copied_dropped_and_turned_round():
     model = small()
     _, cache = prefill(model, PROMPTS, room=2)
-    select_rows(cache, torch.tensor([3, 0, 0]))
+    cache.keep_rows(torch.tensor([3, 0, 0]))
     new = torch.tensor([[7], [8], [9]])
     rows = [PROMPTS[3] + [7], PROMPTS[0] + [8], PROMPTS[0] + [9]]
-    assert torch.allclose(read_on(model, new, cache)[:, -1], last_logits(model, rows), atol=1e-4)
+    assert torch.allclose(cache.read(new)[:, -1], last_logits(model, rows), atol=1e-4)
 
 
 def test_nothing_to_do():
     assert sample_batch(small(), [], 5).tokens == []
     samples = sample_batch(small(), PROMPTS, 0)
     assert samples.tokens == [[], [], [], []] and samples.mask.shape == (4, 0)
-    assert list(stream(small(), [1], 0)) == []
+    assert list(generate(small(), [1], 0)) == []
 
 
 def test_errors():
@@ -244,7 +249,7 @@ def test_errors():
     with pytest.raises(ValueError, match="top_p is 2"):
         sample_batch(small(), PROMPTS, 5, top_p=2)
     with pytest.raises(ValueError, match="temperature is -1"):
-        stream(small(), [1], 5, temperature=-1)  # at once, not at the first token
+        generate(small(), [1], 5, temperature=-1)  # at once, not at the first token
     with pytest.raises(TypeError):
         sample_batch(small(), PROMPTS, 5, topk=3)
 
@@ -257,7 +262,7 @@ def test_what_is_impossible_is_never_drawn(vocab_size, scale, seed):
     logits = scale * torch.randn(200, vocab_size, generator=seeded(seed))
     logits[:, ::2] = -math.inf
     logits[:, -1] = 0.0
-    drawn, told = draw(logits, generator=seeded(seed))
+    drawn, told = draw_tokens(logits, generator=seeded(seed))
     assert logits.gather(1, drawn[:, None]).isfinite().all() and told.isfinite().all()
 
 
@@ -265,14 +270,14 @@ def test_a_dart_at_the_very_bottom_and_the_very_top(monkeypatch):
     logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
     for height, expected in ((0.0, 2), (1 - 2**-24, 1)):
         monkeypatch.setattr(torch, "rand", lambda *size, **other: torch.full(size, height))
-        assert draw(logits)[0].item() == expected
+        assert draw_tokens(logits)[0].item() == expected
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_broken_logits_are_refused(bad):
     for temperature in (0, 1.0):
         with pytest.raises(ValueError, match="largest logit"):
-            draw(torch.tensor([[0.0, 1.0], [0.0, bad]]), temperature)
+            draw_tokens(torch.tensor([[0.0, 1.0], [0.0, bad]]), temperature)
 
 
 # --- One text -------------------------------------------------------------------------------------
@@ -280,12 +285,12 @@ def test_broken_logits_are_refused(bad):
 @each_style
 @pytest.mark.parametrize(
     "how", [{"temperature": 0}, {"temperature": 0.8, "top_k": 9}, {"top_p": 0.9}])
-def test_stream_is_generate(style, how):
+def test_one_text_with_and_without_a_cache(style, how):
     model, prompt = small(style), PROMPTS[0]
     adjust = lambda logits, rows: logits - 100 * (torch.arange(40) == rows[0][-1])  # noqa: E731
     for extra in ({}, {"adjust": adjust}, {"stop": [1, 2, 3]}):
-        ours, plain = (list(f(model, torch.tensor(prompt), 19, generator=seeded(3), **how, **extra))
-                       for f in (stream, generate))
+        ours, plain = (list(generate(m, torch.tensor(prompt), 19, generator=seeded(3), **how, **extra))
+                       for m in (model, no_cache(model)))
         assert ours == plain
 
 
@@ -293,7 +298,7 @@ def test_stream_is_generate(style, how):
 def test_the_older_half_is_forgotten_when_the_context_is_full(style):
     model = small(style)
     row = [1]
-    for token in stream(model, row, 70, temperature=0):
+    for token in generate(model, row, 70, temperature=0):
         if len(row) <= 24:
             seen = row
         else:
@@ -301,25 +306,25 @@ def test_the_older_half_is_forgotten_when_the_context_is_full(style):
         assert token == int(last_logits(model, [seen]).argmax())
         row = row + [token]
     assert len(row) == 71
-    assert len(list(stream(model, list(range(40)), 3))) == 3  # a prompt longer than the context
+    assert len(list(generate(model, list(range(40)), 3))) == 3  # a prompt longer than the context
 
 
 def test_hooks_see_a_stream_and_new_weights_count():
     model, seen = small(LLAMA), []
-    first = list(stream(model, [1], 10, temperature=0))
+    first = list(generate(model, [1], 10, temperature=0))
     model.blocks[1].attention.value.register_forward_hook(lambda *a: seen.append(1))
-    assert list(stream(model, [1], 10, temperature=0)) == first and len(seen) == 10
+    assert list(generate(model, [1], 10, temperature=0)) == first and len(seen) == 10
     for p in model.parameters():
         p.data.mul_(-1)
-    plain = list(generate(model, [1], 10, temperature=0))
-    assert list(stream(model, [1], 10, temperature=0)) == plain
+    plain = list(generate(no_cache(model), [1], 10, temperature=0))
+    assert list(generate(model, [1], 10, temperature=0)) == plain
 
 
 def test_lean_blocks_only_where_they_are_exact():
     model = small(LLAMA)
-    assert is_plain(model.blocks[0])
+    assert is_plain_block(model.blocks[0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert not is_plain(model.blocks[0])
-        assert len(list(stream(model, [1], 5))) == 5
-    assert not is_plain(model.bfloat16().blocks[0])
-    assert len(list(stream(model, [1], 5))) == 5
+        assert not is_plain_block(model.blocks[0])
+        assert len(list(generate(model, [1], 5))) == 5
+    assert not is_plain_block(model.bfloat16().blocks[0])
+    assert len(list(generate(model, [1], 5))) == 5

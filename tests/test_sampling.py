@@ -3,16 +3,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from llm_course.generate.sampling import (
-    chi_square,
-    filter_logits,
-    generate,
-    generate_batch,
-    last_logits,
-    penalise,
-    sample_token,
-)
+from llm_course.generate.sampling import chi_square, filter_logits, last_logits, sample_token
+from llm_course.generate.write import generate, penalise, sample_batch
 from llm_course.model.gpt import GPT, GPTConfig
 
 
@@ -28,13 +22,34 @@ def model():
     return model.train()
 
 
+class Other(nn.Module):
+    "A model of another make: it gives the same logits, but no cache can stand in for it."
+
+    def __init__(self, inner: GPT):
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(self, tokens):
+        return self.inner(tokens)
+
+
+@pytest.fixture(scope="module")
+def other(model):
+    return Other(model).train()
+
+
+@pytest.fixture(params=["model", "other"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
 PROMPTS = [[1], [2, 3, 4], list(range(14)), [39] * 15, list(range(30))]
 
 
-def test_batch_equals_one_by_one(model):
+def test_batch_equals_one_by_one(other):
     "Filling short prompts up on the right changes nothing, even where the window slides."
-    together = generate_batch(model, PROMPTS, 8, temperature=0, batch_size=3)
-    alone = [list(generate(model, prompt, 8, temperature=0)) for prompt in PROMPTS]
+    together = sample_batch(other, PROMPTS, 8, temperature=0, batch_size=3).tokens
+    alone = [list(generate(other, prompt, 8, temperature=0)) for prompt in PROMPTS]
     assert together == alone
 
 
@@ -52,58 +67,83 @@ def test_training_mode_survives_a_broken_model(model):
     assert model.training
 
 
-def test_long_prompts_are_cropped(model):
+def test_long_prompts_are_cropped(either):
     long = list(range(30))
-    cropped = list(generate(model, long[-16:], 5, temperature=0))
-    assert list(generate(model, long, 5, temperature=0)) == cropped
+    cropped = list(generate(either, long[-16:], 5, temperature=0))
+    assert list(generate(either, long, 5, temperature=0)) == cropped
 
 
-def test_caller_keeps_gradients(model):
+def test_caller_keeps_gradients(either):
     "A half-read stream must not leave gradients switched off."
-    stream = generate(model, [1], 5)
+    stream = generate(either, [1], 5)
     next(stream)
-    assert torch.is_grad_enabled()
-    assert last_logits(model, [[1]]).requires_grad is False
+    assert torch.is_grad_enabled() and either.training
+    assert last_logits(either, [[1]]).requires_grad is False
 
 
-def test_prompt_is_not_changed(model):
+def test_prompt_is_not_changed(either):
     prompts = [[1, 2], [3]]
-    generate_batch(model, prompts, 3)
-    list(generate(model, prompts[0], 3))
+    sample_batch(either, prompts, 3)
+    list(generate(either, prompts[0], 3))
     assert prompts == [[1, 2], [3]]
 
 
-def test_same_seed_same_text(model):
+def test_same_seed_same_text(either):
     def text(seed):
-        return list(generate(model, [1], 20, generator=torch.Generator().manual_seed(seed)))
+        return list(generate(either, [1], 20, generator=torch.Generator().manual_seed(seed)))
     assert text(1) == text(1) != text(2)
 
 
-def test_stop_token_ends_each_row_on_its_own(model):
-    free = generate_batch(model, PROMPTS, 8, temperature=0)
+def test_stop_token_ends_each_row_on_its_own(other):
+    free = sample_batch(other, PROMPTS, 8, temperature=0).tokens
     stop = free[0][3]
-    for full, cut in zip(free, generate_batch(model, PROMPTS, 8, stop, temperature=0)):
-        assert cut == (full[:full.index(stop)] if stop in full else full)
+    cut = sample_batch(other, PROMPTS, 8, stop, temperature=0)
+    assert cut.tokens == [full[:full.index(stop) + 1] if stop in full else full for full in free]
+    assert cut.stopped.tolist() == [stop in full for full in free]
 
 
-def test_adjust_sees_the_text_so_far(model):
+def test_adjust_sees_the_text_so_far(model, other):
     def never_again(logits, rows):
         return penalise(logits, rows, presence=math.inf)
     g = torch.Generator().manual_seed(0)
-    text = list(generate(model, [0], 39, adjust=never_again, generator=g))
-    assert sorted(text) == list(range(1, 40))
-    for text in generate_batch(model, [[0], [1]], 30, adjust=never_again):
+    for writer in (model, other):
+        text = list(generate(writer, [0], 39, adjust=never_again, generator=g))
+        assert sorted(text) == list(range(1, 40))
+    for text in sample_batch(other, [[0], [1]], 30, adjust=never_again, n=2).tokens:
         assert len(set(text)) == 30
+    for text in sample_batch(model, [[0], [1, 2]], 30, stop=5, adjust=never_again, n=9).tokens:
+        assert len(set(text)) == len(text) <= 15
 
 
-def test_zero_tokens_and_no_prompts(model):
-    assert list(generate(model, [1], 0)) == []
-    assert generate_batch(model, [], 5) == []
+def test_zero_tokens_and_no_prompts(either):
+    assert list(generate(either, [1], 0)) == []
+    assert sample_batch(either, [], 5).tokens == []
+    assert sample_batch(either, [[1]], 0).tokens == [[]]
 
 
 def test_unknown_setting_is_refused(model):
     with pytest.raises(TypeError, match="top_q"):
-        generate_batch(model, [[1]], 1, top_q=0.5)
+        sample_batch(model, [[1]], 1, top_q=0.5)
+    with pytest.raises(TypeError, match="top_q"):
+        generate(model, [1], 1, top_q=0.5)
+
+
+def test_log_probs_of_any_model_are_those_of_a_gpt(model, other):
+    few = [[1], [2, 3, 4]]
+    a, b = (sample_batch(m, few, 6, n=3, temperature=0.7, top_k=9,
+                         generator=torch.Generator().manual_seed(2)) for m in (model, other))
+    assert a.tokens == b.tokens
+    torch.testing.assert_close(a.log_probs, b.log_probs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_watched_model_is_used_as_it_is(model):
+    "Whoever hooks the model or a block sees and changes every pass."
+    plain, seen = list(generate(model, [1], 5, temperature=0)), []
+    hook = model.blocks[1].register_forward_hook(lambda block, args, out: seen.append(1) or -out)
+    turned = list(generate(model, [1], 5, temperature=0))
+    together = sample_batch(model, [[1]], 5, temperature=0).tokens[0]
+    hook.remove()
+    assert len(seen) == 10 and turned == together != plain
 
 
 @pytest.mark.parametrize("settings", [

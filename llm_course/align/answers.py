@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from .chat import recent_messages, render, render_answer
 from ..core import need
-from ..generate.cache import sample_batch, stream
+from ..generate.write import sample_batch, generate
 from ..model.gpt import GPT
 from ..tokens.text import Tokenizer
 from ..train.runner import exactly_one
@@ -86,7 +86,7 @@ def stream_answer(
     "Answer, piece by piece. Raises `ValueError` if the last message does not fit."
     generator = torch.Generator()
     generator.manual_seed(generator.seed() if seed is None else seed)
-    ids = stream(model, _prompt(model, tokenizer, messages, max_new_tokens), max_new_tokens,
+    ids = generate(model, _prompt(model, tokenizer, messages, max_new_tokens), max_new_tokens,
                  set(tokenizer.special_tokens.values()), generator=generator, **sampling)
     for i, piece in enumerate(tokenizer.decode_stream(ids)):
         yield piece if i else piece.removeprefix(" ")

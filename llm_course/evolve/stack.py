@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import patch
 from .vectors import cut_vectors, parameter_shapes
-from ..model.attention import Attention, attend_plain, join_heads, query_key, split_heads
+from ..model.attention import Attention, attend_plain, join_heads, split_heads
 from ..model.block import relu2
 from ..model.embedding import Rope
 from ..model.gpt import GPT
@@ -193,7 +193,7 @@ class _ManyAttention(Attention):
         "As `Attention`, with the same weights."
         if mask is not None or x.shape[1] > 64 or x.device.type != "cpu":
             return super().forward(x, rotate, mask)
-        q, k = query_key(self, x, rotate)
+        q, k = self.query_key(x, rotate)
         v = split_heads(self.value(x), self.n_kv_heads)
         return self.out(join_heads(attend_plain(q, k, v, window=self.window)))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['look_mask', 'attention_weights', 'mask_bias', 'attend_plain', 'attend', 'split_heads', 'join_heads', 'Attention',
-           'check_heads', 'query_key', 'attention_maps']
+           'check_heads', 'attention_maps']
 
 # %% ../../nbs/31_model.attention.ipynb #a8a63aa9
 import math
@@ -13,6 +13,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..core import patch
 
 # %% ../../nbs/31_model.attention.ipynb #98f58704
 def look_mask(
@@ -145,7 +146,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotate: Callable | None = None, mask: Tensor | None = None) -> Tensor:
         "Look back over `x`, (B, T, C); see `query_key` for `rotate`, and `attend` for `mask`."
-        q, k = query_key(self, x, rotate)
+        q, k = self.query_key(x, rotate)
         v = split_heads(self.value(x), self.n_kv_heads)
         return self.out(join_heads(attend(q, k, v, window=self.window, mask=mask)))
 
@@ -161,15 +162,17 @@ def check_heads(
     if n_heads % n_kv_heads:
         raise ValueError(f"n_heads={n_heads} can't share n_kv_heads={n_kv_heads} evenly")
 
+# %% ../../nbs/31_model.attention.ipynb #ccbadb78
+@patch
 def query_key(
-    layer: Attention,                # The layer that asks
+    self: Attention,
     x: Tensor,                       # Its input, (B, T, C)
     rotate: Callable | None = None,  # Turns (B, H, T, D) by position
 ) -> tuple[Tensor, Tensor]:          # Queries (B, H, T, D) and keys (B, G, T, D)
-    "The queries and keys that `layer` makes of `x`."
-    q = split_heads(layer.query(x), layer.n_heads)
-    k = split_heads(layer.key(x), layer.n_kv_heads)
-    if layer.qk_norm:
+    "The queries and keys that the layer makes of `x`."
+    q = split_heads(self.query(x), self.n_heads)
+    k = split_heads(self.key(x), self.n_kv_heads)
+    if self.qk_norm:
         q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
     return (q, k) if rotate is None else (rotate(q), rotate(k))
 
@@ -182,7 +185,7 @@ def attention_maps(
     maps = []
 
     def record(layer, x, rotate=None, mask=None):
-        q, k = query_key(layer, x, rotate)
+        q, k = layer.query_key(x, rotate)
         if mask is None:
             mask = look_mask(q.shape[2], k.shape[2], True, layer.window, q.device)
         maps.append(attention_weights(q, k, mask))

@@ -21,7 +21,7 @@ from ..core import atomic_write, pick_device
 from ..data.batches import DocumentBatches, one_pass
 from ..data.files import read_texts
 from ..data.shards import memory_shards
-from ..generate.cache import sample_batch, stream
+from ..generate.write import sample_batch, generate
 from ..model.files import load_model, save_model
 from ..model.gpt import GPT
 from .report import (
@@ -94,7 +94,7 @@ def continue_text(
     "Continue a text, piece by piece."
     tokenizer, bare, generator = loaded.tokenizer, prompt.rstrip(" "), torch.Generator()
     generator.manual_seed(generator.seed() if seed is None else seed)
-    ids = stream(loaded.model, prompt_ids(loaded, bare), max_new_tokens, tokenizer.end_id,
+    ids = generate(loaded.model, prompt_ids(loaded, bare), max_new_tokens, tokenizer.end_id,
                  temperature=temperature, generator=generator, **sampling)
     strip = len(bare) < len(prompt)
     for piece in tokenizer.decode_stream(ids):
@@ -115,7 +115,7 @@ def answer_pieces(
     generator.manual_seed(generator.seed() if seed is None else seed)
     room = T - min(max_new_tokens, T // 3)
     prompt = render(t, recent_messages(t, messages, room), reply=True).tokens
-    ids = stream(loaded.model, prompt, max_new_tokens, temperature=temperature,
+    ids = generate(loaded.model, prompt, max_new_tokens, temperature=temperature,
                  generator=generator, stop=set(t.special_tokens.values()), **sampling)
     first = True
     for piece in t.decode_stream(ids):
