@@ -162,7 +162,8 @@ def _size_options(
     changes = {"n_layers": layers, "d_model": width, "n_heads": heads, "context_length": context,
                "batch_size": batch_size, "accumulate": accumulate, "lr": lr,
                "lr_matrix": lr_matrix}
-    return {"preset": preset, "minutes": minutes, "steps": steps, "seed": seed,
+    from llm_course.pipeline.run import choose_budget
+    return {"size": preset, "budget": choose_budget(minutes, steps), "seed": seed,
             "changes": {k: v for k, v in changes.items() if v is not None} or None}
 
 # %% ../nbs/98b_cli.ipynb #19f3808e
@@ -177,15 +178,14 @@ def _train(
     tracker: str | None = None,  # module:function that is given the numbers of each look
 ) -> None:
     "Train a model by a preset; also under torchrun. The same command continues a run."
-    from llm_course.pipeline.run import Settings, take_stages, usual_folder
+    from llm_course.pipeline.pretrain import pretrain, usual_training
+    from llm_course.pipeline.run import Settings
     from llm_course.train.plan import Machine
     from llm_course.train.watch import find_tracker
-    if sizes["preset"] is None and not (out and (out / "config.json").exists()):
-        sizes["preset"] = "laptop"
-    folder = out or usual_folder(text["data"] or "world", sizes["preset"])
-    settings, how = Settings(**text, **sizes), Machine(**machine)
+    folder, settings = usual_training(out, Settings(**text, **sizes))
+    how = Machine(**machine)
     tell = find_tracker(tracker) if tracker and is_first_process() else None
-    run_with_progress(lambda reporter: take_stages(folder, settings, reporter, how, tell), folder,
+    run_with_progress(lambda reporter: pretrain(folder, settings, reporter, how, tell), folder,
                       "train")
     if is_first_process():
         typer.echo(f"Talk to it:  llm-course chat {folder}\n"
@@ -216,12 +216,12 @@ def _build(
     seed: int | None = None,      # Of everything random; 0 unless chosen
 ) -> None:
     "From a text to an assistant and its report card. The same command continues a run."
-    from llm_course.pipeline import build as ship
-    from llm_course.pipeline.run import Settings, usual_folder
+    from llm_course.pipeline.build import build_run
+    from llm_course.pipeline.run import Settings, choose_budget, usual_folder
     from llm_course.train.plan import Machine
-    folder = out or usual_folder(text["data"] or "world")
-    settings = Settings(**text, **teaching, depth=depth, minutes=minutes, steps=steps, seed=seed)
-    run_with_progress(lambda reporter: ship.build(folder, settings, reporter, Machine(device)),
+    folder, budget = out or usual_folder(text["data"] or "world"), choose_budget(minutes, steps)
+    settings = Settings(**text, **teaching, size=depth, budget=budget, seed=seed)
+    run_with_progress(lambda reporter: build_run(folder, settings, reporter, Machine(device)),
                       folder, "build")
     typer.echo(f"Report card: {folder / 'report.html'}\nTalk to it:  llm-course chat {folder}")
 
@@ -236,12 +236,11 @@ def _align(
     device: str | None = None,   # cuda, mps or cpu; by default the fastest
 ) -> None:
     "Teach a finished model by conversations or preferences. The same command continues."
-    from llm_course.pipeline import assistant
-    from llm_course.pipeline.run import usual_folder
+    from llm_course.pipeline.assistant import Teaching, align_run, aligned_folder
     from llm_course.train.plan import Machine
-    given = assistant.Teaching(**(teaching["teaching"] or {}))
-    folder = out or usual_folder(given.preferences or given.chats or "world", "aligned")
-    run_with_progress(lambda reporter: assistant.align(run, folder, given, reporter, Machine(device)),
+    given = Teaching(**(teaching["teaching"] or {}))
+    folder = out or aligned_folder(given)
+    run_with_progress(lambda reporter: align_run(run, folder, given, reporter, Machine(device)),
                       folder, "align")
     typer.echo(f"Talk to it:  llm-course chat {folder}")
 
@@ -273,8 +272,8 @@ def _eval(
     json: bool = False,         # Print JSON instead of a table?
 ) -> None:
     "Loss, perplexity, bits per byte and per character; on the story world the excess, too."
-    from llm_course.pipeline.build import judge
-    figures = judge(run, data, column, limit, device)
+    from llm_course.pipeline.build import grade_model
+    figures = grade_model(run, data, column, limit, device)
     if json:
         typer.echo(_as_json(figures))
         return

@@ -9,9 +9,10 @@ __all__ = ['Conversation', 'Continuation', 'chat_in_terminal']
 import json, sys
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
+from .align.answers import stream_answer
 from .core import atomic_write, patch
 from .handout import free_name_beside
-from .pipeline.build import answer_pieces, continue_text, load_run
+from .pipeline.build import load_run
 from .terminal import error_line
 
 # %% ../nbs/97c_conversation.ipynb #499b73a3
@@ -37,8 +38,9 @@ class Conversation:
         seed = None if self.seed is None else self.seed + len(self.messages)
         said = self.messages[:]
         try:
-            yield from self._remember(
-                answer_pieces(self.loaded, said, self.tokens, self.temperature, seed))
+            yield from self._remember(stream_answer(
+                self.loaded.model, self.loaded.tokenizer, said, self.tokens, seed,
+                temperature=self.temperature))
         except ValueError as error:  # too long for the model
             del self.messages[-2:]
             yield error_line(error)
@@ -67,7 +69,7 @@ class Continuation(Conversation):
         text = "".join(message["content"] for message in self.messages)
         seed = None if self.seed is None else self.seed + len(text)
         yield from self._remember(
-            continue_text(self.loaded, text, self.tokens, self.temperature, seed))
+            self.loaded.continue_text(text, self.tokens, self.temperature, seed))
         if self.loaded.documents:
             self.messages.clear()  # it has told its story to the end
 

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from llm_course import cli
-from llm_course.pipeline.assistant import (
-    Teaching, adopt, assistant_stages, check_teaching, part_rows)
-from llm_course.pipeline.run import STAGES, Settings
+from llm_course.pipeline.assistant import Teaching, adopt_run, assistant_stages, hold_back
+from llm_course.pipeline.pretrain import BASE_STAGES
+from llm_course.pipeline.run import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"The {a} {b} the {c}.\n" for a in ("cat", "dog", "hen", "old king")
@@ -97,7 +97,7 @@ def test_a_stage_that_was_lost_is_taken_again(rhymes):
 
 def test_a_base_model_stays_one_without_conversations():
     names = list(assistant_stages(Settings(data="novel.txt")))
-    assert names == list(STAGES)
+    assert names == list(BASE_STAGES)
 
 
 def test_a_bad_line_is_named_before_anything_is_trained(rhymes, tmp_path):
@@ -136,19 +136,19 @@ def test_align_with_new_conversations_begins_with_the_base_model(rhymes, tmp_pat
     assert call("chat", new, "--seed", 1, stdin="What did the cat see?\n").strip()
 
 
-def test_adopt_says_what_is_missing(tmp_path):
+def test_adopt_run_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer.bpe"):
-        adopt(tmp_path / "nowhere", tmp_path / "new", keep_sft=True)
+        adopt_run(tmp_path / "nowhere", tmp_path / "new", keep_sft=True)
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="grpo"):
-        check_teaching(Teaching(method="hope"))
+        Teaching(method="hope").check()
 
 
-def test_part_rows_holds_back_some_of_few_and_a_tenth_of_many():
-    learn, held = part_rows(list("ab"), str)
+def test_hold_back_holds_back_some_of_few_and_a_tenth_of_many():
+    learn, held = hold_back(list("ab"), str)
     assert len(held) == 1 and len(learn) == 1
-    assert part_rows(["alone"], str) == (["alone"], [])
-    learn, held = part_rows(list(range(2000)), str)
+    assert hold_back(["alone"], str) == (["alone"], [])
+    learn, held = hold_back(list(range(2000)), str)
     assert 120 < len(held) < 280 and sorted(learn + held) == list(range(2000))
 
 
@@ -167,7 +167,7 @@ def test_a_killed_alignment_goes_on(rhymes, tmp_path):
     call("align", "--out", new)
     assert (new / "assistant.safetensors").exists()
     facts = json.loads((new / "stages.json").read_text(encoding="utf-8"))
-    assert list(facts) == [*STAGES, "sft", "policy"]
+    assert list(facts) == [*BASE_STAGES, "sft", "policy"]
 
 
 # --- A talk -------------------------------------------------------------------------------------
