@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'fig_alt', 'pick_dtype', 'set_seed', 'random_state', 'set_random_state', 'keep_random_state',
-           'relative_error', 'check_device', 'atomic_write', 'lock_folder', 'asset', 'need', 'is_online', 'lesson',
+           'relative_error', 'check_device', 'atomic_write', 'folder_lock', 'asset', 'need', 'is_online', 'lesson',
            'patch', 'LiveCurve']
 
 # %% ../nbs/00a_core.ipynb #6db0329a
@@ -199,7 +199,7 @@ def _try_lock(file) -> bool:
 
 # %% ../nbs/00a_core.ipynb #5678fd56
 @contextmanager
-def lock_folder(
+def folder_lock(
     folder: str | Path, # Where to work alone; made when it is missing
 ) -> Iterator[None]:    # Nothing
     "Work in a folder alone. Raises `BlockingIOError` that names the process that is already there."

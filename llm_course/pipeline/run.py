@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Callable
 import torch
-from ..core import atomic_write, is_online, lock_folder, patch
+from ..core import atomic_write, is_online, folder_lock, patch
 from ..data.files import read_texts
 from ..train.plan import Machine, Preset, dial_preset, pick_preset
 from ..train.ranks import lost_process, rank
@@ -286,7 +286,7 @@ def _enter(folder: Path, settings: Settings, stack: ExitStack) -> tuple:
     settings, facts = settings.settle(folder), read_json(folder / "stages.json")
     _check_unchanged(folder, settings.data, facts)
     source = facts.get("tokenizer", {}).get("source") or _real_source(settings.data)
-    stack.enter_context(lock_folder(folder))
+    stack.enter_context(folder_lock(folder))
     write_json(folder / "config.json", {"settings": settings.to_dict()})
     return settings, read_json(folder / "stages.json"), source
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 from torch import Tensor
-from ..core import lock_folder as lock_for_one
+from ..core import folder_lock as lock_for_one
 from .checkpoint import CheckpointFiles, differences, read_checkpoint
 from .ranks import from_first, lost_process, rank, sum_over_ranks, world_size
 
