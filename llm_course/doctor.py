@@ -91,7 +91,8 @@ def _examine_device() -> Finding: # `fail` when an accelerator computes wrongly
     except (ValueError, RuntimeError) as error:
         return Finding("device", "fail", error_line(error), "set LLM_COURSE_DEVICE=cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    dtype, speed = str(pick_dtype(device)).removeprefix("torch."), short_number(matmul_speed(device))
+    dtype = str(pick_dtype(device)).removeprefix("torch.")
+    speed = short_number(matmul_speed(device))
     same = "" if device.type == "cpu" else f"; agrees with the CPU within {worst:.1g}"
     return Finding("device", "good", f"{name}, {dtype}, {speed}FLOP/s{same}")
 

@@ -13,28 +13,30 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
-from ..align.policy_tuner import POLICY_METHODS as BY_REWARD, train_policy
+
+# %% ../../nbs/95d_pipeline.assistant.ipynb #f3f1b21d
+from ..align.answers import draw_answers
+from ..align.chat import add_chat_tokens, fit_chat, read_chats, read_pairs, render
 from ..align.pair_tuner import train_dpo
+from ..align.policy_tuner import POLICY_METHODS as BY_REWARD, train_policy
 from ..align.reward import (
     RewardModel, as_reward, collect_pairs, load_reward, margins, save_reward, train_reward)
-from ..align.chat import add_chat_tokens, fit_chat, read_chats, read_pairs, render
-from ..align.answers import draw_answers
 from ..align.sft import ChatBatches, train_sft
 from ..core import asset, atomic_write, patch
 from ..data.batches import held_out, one_pass
 from ..model.files import load_model, save_model
 from ..model.gpt import GPT
+from .pretrain import (
+    BASE_STAGES, decode_documents, make_tokenizer, token_parts)
 from .report import answers_html, grid_html, line_chart, report_phrases
-from .pretrain import BASE_STAGES, decode_documents, token_parts
-from .pretrain import tokenizer_stage as pretrain_tokenizer
 from .run import Run, Settings, read_json, run_stages, usual_folder, write_json
-from ..world.talk import Talk, best_accuracy
 from ..tokens.exchange import load_tokenizer
 from ..tokens.text import Tokenizer
 from ..train.loop import evaluate
 from ..train.plan import Machine
 from ..train.watch import QuietReporter, Reporter
 from ..world.story import World
+from ..world.talk import Talk, best_accuracy
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #045c9321
 TEACHING_METHODS = (*BY_REWARD, "dpo")
@@ -136,7 +138,8 @@ def _is_left_out(
     T = model.config.context_length
     if not t.knows_world() or T >= _SHORTEST:
         return False
-    reporter.say(f"sft         left out: {T} tokens of context hold no conversation, {_SHORTEST} do")
+    reporter.say(
+        f"sft         left out: {T} tokens of context hold no conversation, {_SHORTEST} do")
     return True
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #0b7f21e8
@@ -147,7 +150,7 @@ def _tokenizer_stage(
     "Learn a tokenizer from the text and from the conversations."
     chats, pairs = _read_examples(teaching, QuietReporter())
     said = [" " + message["content"] for messages in chats for message in messages]
-    return pretrain_tokenizer(run, said + [f" {p.chosen}\n {p.rejected}" for p in pairs])
+    return make_tokenizer(run, said + [f" {p.chosen}\n {p.rejected}" for p in pairs])
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #fcf4171c
 MODEL_FILES = {"base": "model.safetensors", "sft": "sft.safetensors",
@@ -302,8 +305,9 @@ def reward_stage(
     learn, held = _comparisons(run, teaching, model, tokenizer, n)
     judge = RewardModel(model)
     settings.setdefault("epochs", _enough_passes(learn, 1))
-    progress = train_reward(judge, tokenizer, learn, seed=run.settings.seed, watch=_tell_progress(run),
-                            folder=run.folder / "checkpoints-reward", **settings)
+    progress = train_reward(judge, tokenizer, learn, seed=run.settings.seed,
+                            watch=_tell_progress(run), folder=run.folder / "checkpoints-reward",
+                            **settings)
     save_reward(judge, run.folder / "reward.safetensors")
     right = (margins(judge, tokenizer, held) > 0).float().mean().item()
     best = best_accuracy(held) if teaching.preferences == "world" else None

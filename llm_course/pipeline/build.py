@@ -7,11 +7,13 @@ __all__ = ['LoadedModel', 'load_run', 'grade_model', 'versions', 'report_stage',
 
 # %% ../../nbs/95e_pipeline.build.ipynb #ba2cea78
 import math, platform, zlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 import torch
 import torch.nn.functional as F
+
+# %% ../../nbs/95e_pipeline.build.ipynb #b342f752
 import llm_course
 from ..align.chat import add_chat_tokens
 from ..core import atomic_write, patch, pick_device
@@ -237,7 +239,8 @@ def _lead_sentence(
 ) -> str:          # For the top of the page
     "What the figures amount to."
     model = facts["model"]
-    begin = f"It read {short_number(model['tokens'])} tokens in {format_duration(model['training'])}"
+    took = format_duration(model["training"])
+    begin = f"It read {short_number(model['tokens'])} tokens in {took}"
     if "excess" not in figures:
         share, zipped = figures["bits_per_byte"] / 8, figures["zip_bits_per_byte"] / 8
         return (f"{begin}. Its odds would pack text that it never saw to {share:.0%} of its size; "
@@ -265,7 +268,8 @@ def _figure_cards(
     return world + [
         (f"{figures['bits_per_byte']:.2f}", "bits per byte", "8 for a model that knows nothing"),
         (f"{figures['loss']:.3f}", "loss", "nats per token it never saw"), *perplexity,
-        (short_number(facts["model"]["speed"]), "tokens per second", f"in training, on {plan['device']}"),
+        (short_number(facts["model"]["speed"]), "tokens per second",
+         f"in training, on {plan['device']}"),
         (short_number(plan["parameters"]), "parameters",
          f"{size['n_layers']} layers of width {size['d_model']}")]
 

@@ -155,7 +155,7 @@ def line_chart(
             f'<p class="axis end">{escape(x_label)}</p></figure>')
 
 # %% ../../nbs/95a_pipeline.report.ipynb #1c6bd335
-def _escape_text(
+def _safe(
     text: str, # Anything that a model or a learner wrote
 ) -> str:      # Safe inside HTML
     "Show text as it is: nothing in it is obeyed by a browser."
@@ -178,11 +178,11 @@ def _sample_html(
     "One sample: the prompt in bold, the impossible part marked."
     whole, start = sample.prompt + sample.text, len(sample.prompt)
     wrong = len(whole) if sample.wrong_at is None else max(start, sample.wrong_at)
-    body = f"<b>{_escape_text(whole[:start])}</b>{_escape_text(whole[start:wrong])}"
+    body = f"<b>{_safe(whole[:start])}</b>{_safe(whole[start:wrong])}"
     if wrong < len(whole):
-        body += f"<mark>{_escape_text(whole[wrong:])}</mark>"
-    note = f"<p class=note>{_escape_text(sample.note)}</p>" if sample.note else ""
-    return f'<article><h3>{_escape_text(sample.heading)}</h3><pre dir="auto">{body}</pre>{note}</article>'
+        body += f"<mark>{_safe(whole[wrong:])}</mark>"
+    note = f"<p class=note>{_safe(sample.note)}</p>" if sample.note else ""
+    return f'<article><h3>{_safe(sample.heading)}</h3><pre dir="auto">{body}</pre>{note}</article>'
 
 # %% ../../nbs/95a_pipeline.report.ipynb #2609bc80
 def _surprise_html(
@@ -192,7 +192,7 @@ def _surprise_html(
     def mark(text, nats):
         bits = nats / math.log(2)
         shade = min(max(bits, 0) / 8, 1)
-        return f'<i style="--s:{shade:.2f}" title="{bits:.1f} bits">{_escape_text(text)}</i>'
+        return f'<i style="--s:{shade:.2f}" title="{bits:.1f} bits">{_safe(text)}</i>'
     return f'<pre class="surprise" dir="auto">{"".join(mark(*piece) for piece in pieces)}</pre>'
 
 # %% ../../nbs/95a_pipeline.report.ipynb #4df72650
@@ -224,8 +224,8 @@ def _figures_html(
     figures: list[tuple[str, str, str]], # Value, name, meaning
 ) -> str:                                # A row of cards
     "The numbers that matter."
-    cards = [f"<div><dt>{_escape_text(name)}</dt><dd class=value>{_escape_text(value)}</dd>"
-             f"<dd>{_escape_text(meaning)}</dd></div>" for value, name, meaning in figures]
+    cards = [f"<div><dt>{_safe(name)}</dt><dd class=value>{_safe(value)}</dd>"
+             f"<dd>{_safe(meaning)}</dd></div>" for value, name, meaning in figures]
     return f'<dl class="figures">{"".join(cards)}</dl>' if cards else ""
 
 def _table_html(
@@ -233,9 +233,9 @@ def _table_html(
     rows: dict,   # Name -> value
 ) -> str:         # A table
     "Names and values."
-    body = "".join(f"<tr><th scope=row>{_escape_text(str(name))}</th><td>{_escape_text(str(value))}</td></tr>"
+    body = "".join(f"<tr><th scope=row>{_safe(str(name))}</th><td>{_safe(str(value))}</td></tr>"
                    for name, value in rows.items())
-    return f"<section><h2>{_escape_text(heading)}</h2><table>{body}</table></section>"
+    return f"<section><h2>{_safe(heading)}</h2><table>{body}</table></section>"
 
 def _section(
     heading: str, # Its title
@@ -245,7 +245,7 @@ def _section(
     "A part of the page."
     if not body:
         return ""
-    return f"<section><h2>{_escape_text(heading)}</h2><p>{_escape_text(lead)}</p>{body}</section>"
+    return f"<section><h2>{_safe(heading)}</h2><p>{_safe(lead)}</p>{body}</section>"
 
 # %% ../../nbs/95a_pipeline.report.ipynb #7f3a29bb
 def grid_html(
@@ -253,9 +253,9 @@ def grid_html(
     rows: dict[str, list[str]],  # Name -> a value for each further column
 ) -> str:                        # A table
     "Figures of several stages side by side."
-    head = "".join(f"<th scope=col>{_escape_text(name)}</th>" for name in columns)
-    body = "".join(f"<tr><th scope=row>{_escape_text(name)}</th>"
-                   + "".join(f"<td>{_escape_text(value)}</td>" for value in values) + "</tr>"
+    head = "".join(f"<th scope=col>{_safe(name)}</th>" for name in columns)
+    body = "".join(f"<tr><th scope=row>{_safe(name)}</th>"
+                   + "".join(f"<td>{_safe(value)}</td>" for value in values) + "</tr>"
                    for name, values in rows.items())
     return f'<div class="wide"><table class="grid"><tr>{head}</tr>{body}</table></div>'
 
@@ -264,9 +264,9 @@ def answers_html(
     answers: dict[str, str],  # Who answered -> what
 ) -> str:                     # A card
     "What several models answer to one question."
-    rows = "".join(f"<dt>{_escape_text(name)}</dt><dd>{_escape_text(said)}</dd>"
+    rows = "".join(f"<dt>{_safe(name)}</dt><dd>{_safe(said)}</dd>"
                    for name, said in answers.items())
-    return f'<article><h3>{_escape_text(question)}</h3><dl class="answers">{rows}</dl></article>'
+    return f'<article><h3>{_safe(question)}</h3><dl class="answers">{rows}</dl></article>'
 
 # %% ../../nbs/95a_pipeline.report.ipynb #52631b06
 @patch
@@ -281,7 +281,7 @@ def html(
     cards = "".join(map(_sample_html, self.samples))
     cards = f'<div class="samples">{cards}</div>' if cards else ""
     coloured = _surprise_html(self.pieces) if self.pieces else ""
-    step = f"<p><code>{_escape_text(self.command)}</code></p>" if self.command else ""
+    step = f"<p><code>{_safe(self.command)}</code></p>" if self.command else ""
     tables = "".join(_table_html(heading, rows) for heading, rows in self.tables.items())
     body = [_figures_html(self.figures), _section("How it learned", said["learned"], chart),
             _section("What it writes", writes, cards),
@@ -289,7 +289,7 @@ def html(
             *[_section(*part) for part in self.parts],
             _section("Talk to it", "In a terminal:", step), f'<div class="tables">{tables}</div>']
     return Template(_asset_text("report.html")).substitute(
-        title=_escape_text(self.title), lead=_escape_text(self.lead),
+        title=_safe(self.title), lead=_safe(self.lead),
         style=_asset_text("report.css"), body="".join(body))
 
 # %% ../../nbs/95a_pipeline.report.ipynb #2902b5f7
