@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 from torch import Tensor
-from ..core import folder_lock as lock_for_one
+from ..core import folder_lock
 from .checkpoint import CheckpointFiles, differences, read_checkpoint
 from .ranks import from_first, lost_process, rank, sum_over_ranks, world_size
 
@@ -98,7 +98,7 @@ def lock_folder(
     folder: str | Path | None, # Where a run saves; None: nowhere
 ):                             # A context
     "Keep other runs out of the folder; of several processes, the first one holds the lock."
-    return lock_for_one(folder) if folder and rank() == 0 else nullcontext()
+    return folder_lock(folder) if folder and rank() == 0 else nullcontext()
 
 def keep_memory() -> None:
     "Let Linux's C library keep freed memory for the next step: about 5 % on a CPU, see the ladder."
