@@ -40,7 +40,8 @@ from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import WordTokenizer
 from llm_course.train.loop import TrainConfig, Trainer, evaluate, train_step
 from llm_course.train.runner import keep_memory
-from llm_course.train.optim import AdamW, Muon, OptimizerGroup, split_params
+from llm_course.train.optim import AdamW, Muon
+from llm_course.train.recipes import OptimizerGroup, split_params
 from llm_course.train.tune import RowBatches
 from llm_course.world import World
 

@@ -22,7 +22,7 @@ from llm_course.train.activations import parameter_counts
 from llm_course.train.cluster import (
     A100, H100, Cluster, ClusterPlan, best_save_interval, bytes_sent, lost_to_failures,
     predicted_mfu, step_times)
-from llm_course.train.optim import whole
+from llm_course.train.optim import whole_tensor
 from llm_course.train.parallel import distribute_model
 from llm_course.train.workers import SENT_SHARE, Workers, load_sharded, save_sharded
 
@@ -249,7 +249,7 @@ def gradients(config, tokens, how):
         model = distribute_model(model, how)
         tokens = tokens[dist.get_rank() :: dist.get_world_size()]
     model(tokens).square().mean().backward()
-    return {name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters()}
+    return {name.removeprefix("module."): whole_tensor(p.grad) for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("style", [COURSE, GPT2, LLAMA], ids=["course", "gpt2", "llama"])
@@ -269,7 +269,7 @@ def round_trip(folder, write, config):
     model = distribute_model(GPT(config), "fsdp")
     state = model.state_dict()
     (save_sharded if write else load_sharded)(state, folder)
-    return {name: whole(w.detach()) for name, w in model.state_dict().items()}
+    return {name: whole_tensor(w.detach()) for name, w in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("writers, readers", [(3, 1), (1, 3), (3, 2), (2, 3)])

@@ -26,7 +26,7 @@ from llm_course.tokens.text import CharTokenizer
 from llm_course.train import meter, scale
 from llm_course.train.activations import parameter_counts
 from llm_course.train.loop import TrainConfig, Trainer, summed_loss, train, train_step
-from llm_course.train.optim import adamw_optimizer, course_optimizer, split_params
+from llm_course.train.recipes import adamw_optimizer, course_optimizer, split_params
 
 ROOT = Path(__file__).resolve().parent.parent
 F32, BF16 = torch.float32, torch.bfloat16

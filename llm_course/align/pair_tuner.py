@@ -21,7 +21,8 @@ from ..core import patch
 from ..model.gpt import GPT
 from ..train.checkpoint import group_tensors, load_weights, tensors_of_group
 from ..train.precision import pick_precision
-from ..train.optim import SCHEDULES, AdamW, OptimizerGroup, clip_grad_norm
+from ..train.optim import SCHEDULES, AdamW, clip_grad_norm
+from ..train.recipes import OptimizerGroup
 from ..train.runner import Budget, Job, exactly_one, run_job
 
 # %% ../../nbs/77a_align.pair_tuner.ipynb #0252bc36

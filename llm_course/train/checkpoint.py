@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from ..core import atomic_write, random_state, set_random_state
 from ..model.gpt import plain_model
-from .optim import like
+from .optim import cut_like
 from .ranks import rank, seed_by_rank, world_size
 
 # %% ../../nbs/40b_train.checkpoint.ipynb #47096800
@@ -96,7 +96,7 @@ def load_weights(
     "Put weights into a model."
     own = plain_model(model).state_dict()
     for name, tensor in own.items():
-        tensor.copy_(like(state[name].to(tensor.device), tensor))
+        tensor.copy_(cut_like(state[name].to(tensor.device), tensor))
 
 # %% ../../nbs/40b_train.checkpoint.ipynb #62724f1b
 def differences(

@@ -26,8 +26,8 @@ from ..model.gpt import plain_model
 from .checkpoint import (
     BEST_FILE, CheckpointFiles, collect_random_states, differences, group_tensors, load_weights,
     read_checkpoint, restore_random_states, tensors_of_group, write_checkpoint)
-from .optim import (
-    SCHEDULES, OptimizerGroup, adamw_optimizer, clip_grad_norm, course_optimizer, whole)
+from .optim import SCHEDULES, clip_grad_norm, whole_tensor
+from .recipes import OptimizerGroup, adamw_optimizer, course_optimizer
 from .precision import (
     PRECISIONS, LossScale, common_precision, mixed_precision, pick_precision)
 from .ranks import (
@@ -282,7 +282,7 @@ def run_state(
     check_finite(t)
     tensors, facts = collect_random_states(t.device)
     losses = sum_over_ranks(torch.stack(t.recent)) if t.recent else torch.zeros(0)
-    weights = {k: whole(v) for k, v in plain_model(t.model).state_dict().items()}
+    weights = {k: whole_tensor(v) for k, v in plain_model(t.model).state_dict().items()}
     groups = {"model": weights, "optimizer": t.optimizer.state_dict(), "random": tensors,
               "losses": {"recent": losses}}
     facts = {"settings": describe(t), "progress": asdict(t.progress), "random": facts,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from ..core import keep_random_state, need
 from .loop import prepare, summed_loss
-from .optim import adamw_optimizer
+from .recipes import adamw_optimizer
 
 # %% ../../nbs/43_train.tune.ipynb #5fa7161d
 class RowBatches:
