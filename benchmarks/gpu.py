@@ -48,7 +48,7 @@ try:
     from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
     from llm_course.tokens.bpe import BPETokenizer
     from llm_course.tokens.formats import read_gpt2_ranks
-    from llm_course.train.loop import TrainConfig, Trainer, train, train_step
+    from llm_course.train.loop import TrainConfig, Trainer, train
     from llm_course.train.activations import parameter_counts
     from llm_course.train.meter import (
         best_seconds, measured_peak, memory_bandwidth, memory_used, peak_flops)
@@ -177,7 +177,7 @@ def first_losses(part, device: torch.device, precision: str, smoke: bool, steps:
     model = GPT(GPTConfig(part.vocab_size, T, width, 2 if smoke else 6, width // 32)).to(device)
     config = TrainConfig(steps=steps, precision=precision, **rates_for_width(width))
     trainer = Trainer(model, RandomWindows(part, B, T), config)
-    return [train_step(trainer).item() for _ in range(steps)]
+    return [trainer.take_step().item() for _ in range(steps)]
 
 
 def three_precisions(part, device: torch.device, smoke: bool) -> dict:
@@ -233,12 +233,12 @@ def speed(config: GPTConfig, part, device: torch.device, how: str, args) -> dict
     trainer = Trainer(model, batches, settings)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with cudnn_first() if "cuDNN" in how else contextlib.nullcontext():
-        losses = [train_step(trainer).item() for _ in range(2)]  # compiles, and warms up
+        losses = [trainer.take_step().item() for _ in range(2)]  # compiles, and warms up
         seconds = []
         for _ in range(args.steps):
             wait()
             start = time.perf_counter()
-            loss = train_step(trainer)
+            loss = trainer.take_step()
             wait()
             seconds.append(time.perf_counter() - start)
     tokens = args.batch * args.accumulate * config.context_length

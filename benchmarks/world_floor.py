@@ -27,7 +27,8 @@ from llm_course.model.files import save_model
 from llm_course.model.gpt import GPT, GPTConfig, count_params
 from llm_course.world.talk import Talk
 from llm_course.tokens.bpe import BPETokenizer
-from llm_course.train.loop import TrainConfig, floor_excess, train
+from llm_course.train.floor import floor_excess
+from llm_course.train.loop import TrainConfig, train
 from llm_course.world import World
 
 VOCAB_SIZE, CONTEXT, BATCH = 2880, 224, 16  # each word of stories and talk is one token

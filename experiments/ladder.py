@@ -45,7 +45,7 @@ from llm_course.data.shards import memory_shards
 from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import CharTokenizer
-from llm_course.train.loop import TrainConfig, evaluate, make_optimizer, rate_factor
+from llm_course.train.loop import TrainConfig, evaluate, make_optimizer
 from llm_course.train.precision import PRECISIONS, pick_precision
 from llm_course.train.runner import keep_memory
 from llm_course.train.optim import AdamW, clip_grad_norm
@@ -166,7 +166,7 @@ class Run:
         F.cross_entropy(logits, targets, label_smoothing=self.smoothing).backward()
         clip_grad_norm(self.model.parameters(), self.config.clip)
         used = (self.done + 0.5) / self.config.steps
-        self.optimizer.step(rate_factor(self.config, used))
+        self.optimizer.step(self.config.rate_factor(used))
         self.optimizer.zero_grad()
         self.done += 1
 

@@ -31,7 +31,8 @@ from llm_course.data.batches import one_pass
 from llm_course.model.files import save_model
 from llm_course.model.gpt import count_params
 from llm_course.world.talk import Talk
-from llm_course.train.loop import TrainConfig, floor_excess, train
+from llm_course.train.floor import floor_excess
+from llm_course.train.loop import TrainConfig, train
 from llm_course.world import World
 
 FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "sft.json"

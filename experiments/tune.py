@@ -38,7 +38,7 @@ import torch
 from llm_course.core import atomic_write
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import WordTokenizer
-from llm_course.train.loop import TrainConfig, Trainer, evaluate, train_step
+from llm_course.train.loop import TrainConfig, Trainer, evaluate
 from llm_course.train.runner import keep_memory
 from llm_course.train.optim import AdamW, Muon
 from llm_course.train.recipes import OptimizerGroup, split_params
@@ -82,7 +82,7 @@ def loss_of(seed, d_model=32, n_layers=1, steps=80, lr_matrix=None, make=None, *
         trainer.optimizer = make(trainer.model)
     try:
         for _ in range(steps):
-            train_step(trainer)
+            trainer.take_step()
     except FloatingPointError:
         return None
     return round(evaluate(trainer.model, VALID), 4)
@@ -94,7 +94,7 @@ def steps_to(target: float, batch_size: int, lr: float, seed: int, most: int):
     trainer = Trainer(gpt(seed).train(), RowBatches(SEEN, batch_size, seed), config)
     look, before = 10, (0, math.log(VOCAB))
     while trainer.progress.step < most:
-        train_step(trainer)
+        trainer.take_step()
         step = trainer.progress.step
         if step >= look:
             loss, look = evaluate(trainer.model, VALID), math.ceil(1.05 * step)

@@ -553,7 +553,7 @@ def test_chat_and_eval_say_what_is_missing(tmp_path):
 
 def excess_of(model, tokenizer, n=200):
     "Loss above the floor on stories that no training has seen."
-    from llm_course.train.loop import floor_excess
+    from llm_course.train.floor import floor_excess
     from llm_course.world import World
     world = World(seed=0)
     return floor_excess(model, tokenizer, world, world.sample(n, seed=987_654)).excess

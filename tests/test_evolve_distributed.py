@@ -41,7 +41,7 @@ WORKER = """
     from llm_course.evolve.distributed import Exchange, evolve_together, torchrun_store
     from llm_course.evolve.strategies import ES
     from llm_course.model.gpt import GPT, GPTConfig
-    from llm_course.train.loop import checksum
+    from llm_course.train.checkpoint import checksum
     from llm_course.train.workers import join_group
 
     torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
 from llm_course.tokens.text import CharTokenizer
 from llm_course.train import meter, scale
 from llm_course.train.activations import parameter_counts
-from llm_course.train.loop import TrainConfig, Trainer, summed_loss, train, train_step
+from llm_course.train.loop import TrainConfig, Trainer, summed_loss, train
 from llm_course.train.recipes import adamw_optimizer, course_optimizer, split_params
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -352,7 +352,7 @@ def test_three_precisions_agree():
         trainer = Trainer(
             model, RandomWindows(shards, 8, 32), TrainConfig(steps=20, precision=precision)
         )
-        losses[precision] = torch.stack([train_step(trainer) for _ in range(20)])
+        losses[precision] = torch.stack([trainer.take_step() for _ in range(20)])
     for precision in ("bfloat16", "float16"):
         assert (losses[precision] - losses["float32"]).abs().max() < 0.05
     assert losses["float32"][-1] < 0.7 * losses["float32"][0]

@@ -20,7 +20,7 @@ from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.world.talk import AnswerPair, Talk
 from llm_course.tokens.bpe import BPETokenizer
 from llm_course.tokens.text import ByteTokenizer, CharTokenizer, WordTokenizer
-from llm_course.train.loop import floor_excess
+from llm_course.train.floor import floor_excess
 from llm_course.world import World
 from llm_course.world.writers import say
 

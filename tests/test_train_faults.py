@@ -17,8 +17,10 @@ from llm_course.data.batches import RandomWindows
 from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import CharTokenizer
-from llm_course.train.checkpoint import checkpoints_in, read_checkpoint, write_checkpoint
-from llm_course.train.loop import TrainConfig, Trainer, load_checkpoint, resume, train, train_step
+from llm_course.train.checkpoint import (
+    CheckpointFiles, checkpoints_in, read_checkpoint, write_checkpoint)
+from llm_course.train.loop import TrainConfig, Trainer, train
+from llm_course.train.runner import load_job, resume_job
 
 STEPS = 60
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 20
@@ -209,11 +211,11 @@ def test_foreign_files_are_named(saved, tmp_path):
     letter.write_text("Dear aunt", encoding="utf-8")
     save_file({"weight": torch.zeros(3)}, model_file)
     with pytest.raises(ValueError, match="letter.safetensors is damaged or not a checkpoint"):
-        load_checkpoint(trainer(), letter)
+        load_job(trainer(), letter)
     with pytest.raises(ValueError, match="not a checkpoint of a training run"):
-        load_checkpoint(trainer(), model_file)
+        load_job(trainer(), model_file)
     with pytest.raises(FileNotFoundError):
-        load_checkpoint(trainer(), tmp_path / "none.safetensors")
+        load_job(trainer(), tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_another_run_is_refused_by_name(saved, changes, message):
     other = trainer(**changes)
     weights = [p.detach().clone() for p in other.model.parameters()]
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(other, checkpoints_in(saved)[-1])
+        load_job(other, checkpoints_in(saved)[-1])
     assert all(torch.equal(p, q) for p, q in zip(weights, other.model.parameters()))
 
 
@@ -238,12 +240,12 @@ def test_a_damaged_newest_checkpoint_falls_back(saved, tmp_path, capsys):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     newest = checkpoints_in(tmp_path)[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert resume(trainer(), tmp_path) == checkpoints_in(tmp_path)[-2]
+    assert resume_job(trainer(), CheckpointFiles(tmp_path, "step", 2)) == checkpoints_in(tmp_path)[-2]
     assert "going on from" in capsys.readouterr().out
     for path in checkpoints_in(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="no checkpoint can be read"):
-        resume(trainer(), tmp_path)
+        resume_job(trainer(), CheckpointFiles(tmp_path, "step", 2))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -265,7 +267,7 @@ def test_a_checkpoint_of_a_future_version_is_refused(saved, tmp_path):
     path = tmp_path / "future.safetensors"
     save_file(tensors, path, {"kind": "llm-course checkpoint 9", "facts": json.dumps(facts)})
     with pytest.raises(ValueError, match="'llm-course checkpoint 9', this version reads"):
-        load_checkpoint(trainer(), path)
+        load_job(trainer(), path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX limits the size of a file; Windows does not")
@@ -330,7 +332,7 @@ def test_the_error_tells_how_the_gradient_went():
     message = r"in step \d+. The last lengths of the gradient: "
     with pytest.raises(FloatingPointError, match=message):
         for _ in range(20):
-            train_step(t)
+            t.take_step()
             t.model.head.weight.data.mul_(1e12)
 
 
@@ -338,7 +340,7 @@ def test_numbers_that_are_none_reach_no_checkpoint(tmp_path):
     t = trainer()
     t.model.head.weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not a finite number"):
-        train_step(t)
+        t.take_step()
     model, batches = make_run()
     config = TrainConfig(steps=50, lr=1e30, lr_matrix=1e30, warmup=0.0, clip=None)
     with pytest.raises(FloatingPointError, match="half the learning rate"):

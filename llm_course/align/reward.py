@@ -31,7 +31,8 @@ from ..core import atomic_write
 from ..model.block import Style
 from ..model.gpt import GPT, GPTConfig
 from ..world.talk import Annotator, AnswerPair, make_annotators
-from ..train.loop import Progress, TrainConfig, train
+from ..train.loop import TrainConfig, train
+from ..train.state import Progress
 from ..train.precision import pick_precision
 
 # %% ../../nbs/74_align.reward.ipynb #6327181d

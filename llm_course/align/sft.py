@@ -16,7 +16,8 @@ from ..data.batches import DocumentBatches, one_pass
 from ..data.shards import Shards
 from ..model.gpt import GPT
 from ..tokens.text import Tokenizer
-from ..train.loop import Progress, TrainConfig, train
+from ..train.loop import TrainConfig, train
+from ..train.state import Progress
 
 # %% ../../nbs/72_align.sft.ipynb #5f2a93ca
 def _as_shards(

@@ -23,7 +23,8 @@ from ..model.block import GPT2, LLAMA, Style
 from ..model.files import save_model
 from ..model.gpt import GPT, GPTConfig, count_params
 from .checkpoint import BEST_FILE, tensors_of_group, read_checkpoint
-from .loop import Progress, TrainConfig, Trainer, train, train_step
+from .loop import TrainConfig, Trainer, train
+from .state import Progress
 from .precision import pick_precision
 from .ranks import from_first, rank, world_size
 from .parallel import distribute_model
@@ -338,7 +339,7 @@ def measure_speed(
     while not times or len(times) < (3 if times[0] < 10 else 1) or (
             sum(times) < seconds and len(times) < 100):
         before, start = trainer.progress.tokens, time.perf_counter()
-        train_step(trainer).item()
+        trainer.take_step().item()
         times.append(from_first(time.perf_counter() - start))
         tokens.append(trainer.progress.tokens - before)
     start = len(times) > 1  # skip the first

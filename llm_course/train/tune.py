@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..core import keep_random_state, need
-from .loop import prepare, summed_loss
+from .loop import batch_to_device, summed_loss
 from .recipes import adamw_optimizer
 
 # %% ../../nbs/43_train.tune.ipynb #5fa7161d
@@ -96,7 +96,7 @@ def loss_with_gradient(
 ) -> float:           # Mean loss, nats per token
     "Loss of a batch; the gradient is in the parameters."
     model.zero_grad()
-    tokens, targets, n = prepare(batch, next(model.parameters()).device)
+    tokens, targets, n = batch_to_device(batch, next(model.parameters()).device)
     loss = summed_loss(model, tokens, targets) / n
     loss.backward()
     return loss.item()
