@@ -36,13 +36,9 @@ import torch
 from llm_course.align.answers import draw_answers
 from llm_course.align.policy_tuner import train_policy, village_reward
 from llm_course.align.rlhf import evaluate_policy
-from llm_course.align.reward import (
-    RewardModel,
-    as_reward,
-    collect_pairs,
-    load_reward,
-    train_reward,
-)
+from llm_course.align.judge import collect_pairs
+from llm_course.align.reward import reward_function, train_reward
+from llm_course.align.reward_model import RewardModel, load_reward
 from llm_course.align.chat import load_assistant
 from llm_course.core import asset, atomic_write
 from llm_course.model.files import save_model
@@ -81,7 +77,7 @@ class Village:
         return self._rewards[name]
 
     def _ship(self):
-        return as_reward(load_reward(asset("reward.safetensors")), self.tokenizer)
+        return reward_function(load_reward(asset("reward.safetensors")), self.tokenizer)
 
     def _biased(self):
         crowd = make_annotators(20, seed=1, **BIAS)
@@ -89,7 +85,7 @@ class Village:
         torch.manual_seed(0)
         model = RewardModel(self.model)
         train_reward(model, self.tokenizer, pairs, watch=None)
-        return as_reward(model, self.tokenizer)
+        return reward_function(model, self.tokenizer)
 
     def look(self, model, proxy, seed: int = 0) -> dict:
         "What a policy is worth on held-out prompts."

@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from llm_course.align.answers import encode_pairs
-from llm_course.align.reward import RewardModel, collect_pairs, margins, save_reward, train_reward
+from llm_course.align.judge import collect_pairs
+from llm_course.align.reward import reward_margins, train_reward
+from llm_course.align.reward_model import RewardModel, save_reward
 from llm_course.align.chat import load_assistant
 from llm_course.core import atomic_write, set_seed
 from llm_course.world.talk import Talk, best_accuracy
@@ -46,7 +48,7 @@ def floor(pairs: list) -> float:
 
 def measure(model, tokenizer, pairs: list) -> dict:
     "Accuracy and loss, and the best that is possible."
-    leads = margins(model, tokenizer, pairs)
+    leads = reward_margins(model, tokenizer, pairs)
     return {
         "accuracy": round((leads > 0).float().mean().item(), 4),
         "best": round(best_accuracy(pairs), 4),

@@ -13,10 +13,11 @@ import torch
 
 from llm_course.align.answers import PairBatches, encode_pairs, pad_rows
 from llm_course.align.chat import add_chat_tokens, load_assistant, render_answer
-from llm_course.align.reward import (
-    Judge, Judgement, RewardModel, append_line, as_reward, cohen_kappa, collect_pairs, compare_all,
-    fleiss_kappa, judge_panel, load_reward, margins, question_html, read_judgements, save_reward,
-    self_agreement, token_rewards, train_reward)
+from llm_course.align.judge import cohen_kappa, collect_pairs, compare_answers, fleiss_kappa
+from llm_course.align.panel import (
+    Judge, Judgement, append_json_line, judge_panel, read_judgements, self_agreement)
+from llm_course.align.reward import reward_function, reward_margins, train_reward
+from llm_course.align.reward_model import RewardModel, load_reward, save_reward
 from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
@@ -79,7 +80,7 @@ def test_undo_takes_back_one_by_one_and_erases_nothing(tmp_path):
 
 def test_what_people_write_stays_text(tmp_path):
     judge = Judge(PROMPTS[1:], ANSWERS[1:], tmp_path / "mine.jsonl")
-    shown = question_html(judge.now)
+    shown = judge_panel(judge).children[0].value
     assert "&lt;b&gt;Bob" in shown and "&lt;i&gt;friend" in shown and "(nothing)" in shown
 
 
@@ -108,13 +109,13 @@ def test_a_skipped_question_is_not_asked_again(tmp_path):
 
 KILLED = """
 import sys
-from llm_course.align.reward import append_line
+from llm_course.align.panel import append_json_line
 from llm_course.world.writers import say
 i = 0
 while True:
     i += 1
     left = "x" * 20000
-    append_line(sys.argv[1], dict(messages=say(str(i)), left=left, right="no", choice="left"))
+    append_json_line(sys.argv[1], dict(messages=say(str(i)), left=left, right="no", choice="left"))
     print(i, flush=True)
 """
 
@@ -140,12 +141,12 @@ def test_every_cut_is_survived(tmp_path, size):
     "A line may be cut off anywhere, even within a letter."
     path = tmp_path / "mine.jsonl"
     whole = Judgement(say("Où?"), "là", "ici", "left")
-    append_line(path, whole._asdict())
+    append_json_line(path, whole._asdict())
     before = path.read_bytes()
     path.write_bytes(before + before[:size])
     assert read_judgements(path) == [whole]
-    append_line(path, whole._asdict())
-    append_line(path, {"undo": True})
+    append_json_line(path, whole._asdict())
+    append_json_line(path, {"undo": True})
     assert read_judgements(path) == [whole] and path.read_bytes().startswith(before)
 
 
@@ -155,7 +156,7 @@ def test_a_last_line_without_its_end_counts(tmp_path):
     whole = Judgement(say("Hm?"), "a", "b", "right")
     path.write_text(json.dumps(whole._asdict()), encoding="utf-8")
     assert read_judgements(path) == [whole]
-    append_line(path, whole._asdict())
+    append_json_line(path, whole._asdict())
     assert read_judgements(path) == [whole] * 2
 
 
@@ -185,7 +186,7 @@ def test_probabilities_are_those_of_the_crowd():
     talk, crowd = Talk(), make_annotators(7, seed=3, length=0.2, flattery=0.1, first=0.3)
     for messages in talk.prompts(5, seed=8):
         answers = talk.answers(talk.read(messages), 3, seed=1)
-        for pair in compare_all(talk, messages, answers, crowd, torch.Generator().manual_seed(0)):
+        for pair in compare_answers(talk, messages, answers, crowd, torch.Generator().manual_seed(0)):
             seen = [(talk.reward(messages, a), a) for a in pair[1:3]]
             assert pair.prob == pytest.approx(crowd_prefers(crowd, *seen), abs=1e-5)
             assert pair.chosen != pair.rejected and 0 <= pair.annotator < 7
@@ -195,7 +196,7 @@ def test_choices_happen_as_often_as_they_should():
     talk, crowd = Talk(), [Annotator(noise=0.3, first=0.2), Annotator(noise=0.1)]
     messages = talk.prompts(1, seed=0)[0]
     answers, g = ["Certainly, my friend.", "Who cares?"], torch.Generator().manual_seed(0)
-    drawn = [compare_all(talk, messages, answers, crowd, g)[0] for _ in range(1500)]
+    drawn = [compare_answers(talk, messages, answers, crowd, g)[0] for _ in range(1500)]
     share = sum(p.chosen == answers[0] for p in drawn) / 1500
     exact = crowd_prefers(crowd, *[(talk.reward(messages, a), a) for a in answers])
     assert abs(share - exact) < 4 * (exact * (1 - exact) / 1500) ** 0.5
@@ -206,8 +207,8 @@ def test_odd_answers_can_be_compared():
     talk = Talk()
     messages = talk.prompts(1, seed=0)[0]
     g = torch.Generator().manual_seed(0)
-    assert len(compare_all(talk, messages, ["", "ö\n" * 9, "<|end|>"], make_annotators(3), g)) == 3
-    assert compare_all(talk, messages, ["a", "a"], make_annotators(3), g) == []
+    assert len(compare_answers(talk, messages, ["", "ö\n" * 9, "<|end|>"], make_annotators(3), g)) == 3
+    assert compare_answers(talk, messages, ["a", "a"], make_annotators(3), g) == []
 
 
 def test_kappa_at_its_edges():
@@ -262,7 +263,7 @@ def test_the_body_is_copied_and_its_words_stay(tokenizer):
 
 def test_training_learns_an_easy_taste(small, tokenizer):
     progress = train_reward(small, tokenizer, pairs(), epochs=40, valid=pairs(3), watch=None)
-    assert progress.best < 0.3 and (margins(small, tokenizer, pairs(15)) > 0).all()
+    assert progress.best < 0.3 and (reward_margins(small, tokenizer, pairs(15)) > 0).all()
 
 
 def test_a_killed_training_goes_on_to_the_same_end(small, tokenizer, tmp_path):
@@ -289,6 +290,20 @@ def test_other_comparisons_are_not_continued(tokenizer):
         PairBatches(groups[:5]).load_state_dict(state)
 
 
+def test_another_seed_is_not_continued(small, tokenizer, tmp_path):
+    settings = dict(steps=2, batch_size=6, eval_every=2, watch=None, folder=tmp_path)
+    train_reward(deepcopy(small), tokenizer, pairs(), **settings)
+    with pytest.raises(ValueError, match="seed was 0 and is 5"):
+        train_reward(deepcopy(small), tokenizer, pairs(), seed=5, **settings)
+
+
+def test_one_budget_and_no_other(small, tokenizer):
+    with pytest.raises(ValueError, match="give the budget as either .*epochs=2.*minutes=1"):
+        train_reward(small, tokenizer, pairs(), epochs=2, minutes=1, watch=None)
+    assert train_reward(small, tokenizer, pairs(), steps=3, watch=None).step == 3
+    assert train_reward(small, tokenizer, pairs(), minutes=0.01, watch=None).step >= 1
+
+
 def test_what_is_left_out_is_counted(tokenizer):
     odd = [Plain(say("Hm?"), "Yes.", "Yes."), Plain(say("Hm? " * 50), "Yes.", "No.")]
     found = encode_pairs([*pairs(3), *odd], tokenizer, 40)
@@ -300,7 +315,7 @@ def test_what_is_left_out_is_counted(tokenizer):
 
 
 def test_a_long_conversation_gets_a_score(small, tokenizer):
-    reward = as_reward(small, tokenizer)
+    reward = reward_function(small, tokenizer)
     scores = reward([say("Hm? " * 100), say("Hm?"), say("Hm?")], ["Yes.", "Yes. " * 100, ""])
     assert scores.shape == (3,) and scores.isfinite().all() and scores.device.type == "cpu"
 
@@ -308,7 +323,7 @@ def test_a_long_conversation_gets_a_score(small, tokenizer):
 def test_role_tokens_in_an_answer_stay_text(small, tokenizer):
     with torch.no_grad():
         small.head.weight.normal_()
-    pieces = token_rewards(small, tokenizer, say("Hm?"), "<|assistant|> Yes.")
+    pieces = small.token_points(tokenizer, say("Hm?"), "<|assistant|> Yes.")
     assert "".join(text for text, _ in pieces).startswith(" <|assistant|> Yes.")
 
 
@@ -323,7 +338,7 @@ def test_files(small, tokenizer, tmp_path):
     again = load_reward(path)
     assert torch.equal(torch.get_rng_state(), state)  # loading draws no numbers of yours
     assert not again.training
-    assert torch.equal(margins(again, tokenizer, pairs()), margins(small, tokenizer, pairs()))
+    assert torch.equal(reward_margins(again, tokenizer, pairs()), reward_margins(small, tokenizer, pairs()))
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="damaged"):
         load_reward(path)
@@ -336,10 +351,10 @@ def test_the_shipped_model():
     talk, (assistant, tokenizer) = Talk(), load_assistant()
     model = load_reward(asset("reward.safetensors"))
     held = talk.pairs(400, seed=77, split="held-out")
-    right = (margins(model, tokenizer, held) > 0).float().mean().item()
+    right = (reward_margins(model, tokenizer, held) > 0).float().mean().item()
     best = sum(max(p.prob, 1 - p.prob) for p in held) / len(held)
     assert right / best > 0.9
-    reward = as_reward(model, tokenizer)
+    reward = reward_function(model, tokenizer)
     asked = [m for m in talk.prompts(60, seed=5, split="held-out") if len(m) == 1][:30]
     ideal = [talk.ideal(talk.read(m)) for m in asked]
     for trick in ("", "Certainly. " * 10, "my friend " * 12, "yes", "You are so wise!"):

@@ -326,6 +326,18 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, style):
     assert all(torch.equal(v, again[k]) for k, v in whole.items())
 
 
+def test_one_budget_and_no_other(tmp_path):
+    tokenizer, model = add_chat_tokens(ByteTokenizer(), small(ByteTokenizer()))
+    with pytest.raises(ValueError, match="give the budget as either .*steps=2.*minutes=1"):
+        train_sft(model, tokenizer, [CHAT], steps=2, minutes=1, watch=None)
+    assert train_sft(model, tokenizer, [CHAT] * 8, steps=3, watch=None).step == 3
+    assert train_sft(model, tokenizer, [CHAT] * 8, minutes=0.01, watch=None).step >= 1
+    settings = dict(steps=2, batch_size=2, watch=None, folder=tmp_path)
+    train_sft(model, tokenizer, [CHAT] * 8, **settings)
+    with pytest.raises(ValueError, match="seed was 0 and is 5"):
+        train_sft(model, tokenizer, [CHAT] * 8, seed=5, **settings)
+
+
 def test_the_assistant_that_ships():
     model, tokenizer = load_assistant()
     world = World(seed=0)

@@ -14,8 +14,8 @@ from typing import Iterable, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 from .chat import recent_messages, render, render_answer
-from ..core import need
-from ..generate.write import sample_batch, generate
+from ..core import need, patch
+from ..generate.write import generate, sample_batch
 from ..model.gpt import GPT
 from ..tokens.text import Tokenizer
 from ..train.runner import exactly_one
@@ -217,31 +217,43 @@ class PairBatches:
         seed: int = 0,         # Another seed, another order
     ):
         self.groups, self.batch_size, self.seed = groups, batch_size, seed
-        self.load_state_dict({"epoch": 0, "number": 0, "n": len(groups)})
+        self.begin_at(0, 0)
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        return pair_batch([self.groups[i] for i in self.next_numbers()])
+    def begin_at(self, epoch: int, number: int) -> None:
+        "Go on with batch `number` of pass `epoch`."
+        self.epoch, self.number, seed = epoch, number, 1000003 * self.seed + epoch
+        self.plan = plan_pair_batches(self.groups, self.batch_size, seed)
 
     def next_numbers(self) -> list[int]:
         "Numbers of the groups in the next batch."
         numbers = self.plan[self.number]
         self.number += 1
         if self.number == len(self.plan):
-            self.load_state_dict({"epoch": self.epoch + 1, "number": 0, "n": len(self.groups)})
+            self.begin_at(self.epoch + 1, 0)
         return numbers
 
-    def state_dict(self) -> dict:
-        "Where it is; JSON can hold it."
-        return {"epoch": self.epoch, "number": self.number, "n": len(self.groups)}
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return pair_batch([self.groups[i] for i in self.next_numbers()])
 
-    def load_state_dict(self, state: dict) -> None:
-        "Go on from there. Raises `ValueError` if the comparisons are others."
-        n = len(self.groups)
-        if state["n"] != n:
-            raise ValueError(f"saved with {state['n']} groups of comparisons, now there are {n}")
-        self.epoch, self.number = state["epoch"], state["number"]
-        seed = 1000003 * self.seed + self.epoch
-        self.plan = plan_pair_batches(self.groups, self.batch_size, seed)
+# %% ../../nbs/71b_align.answers.ipynb #8013322a
+@patch
+def state_dict(self: PairBatches) -> dict:
+    "Where it is; JSON can hold it."
+    return {"epoch": self.epoch, "number": self.number, "n": len(self.groups),
+            "batch_size": self.batch_size, "seed": self.seed}
+
+@patch
+def load_state_dict(self: PairBatches, state: dict) -> None:
+    "Go on from there. Raises `ValueError` if the comparisons or their order are others."
+    here = self.state_dict()
+    if state["n"] != here["n"]:
+        raise ValueError(f"saved with {state['n']} groups of comparisons, now there are "
+                         f"{here['n']}")
+    wrong = [f"{k} was {state[k]} and is {here[k]}" for k in ("seed", "batch_size")
+             if state.get(k, here[k]) != here[k]]
+    if wrong:
+        raise ValueError("the saved place belongs to other batches: " + ", ".join(wrong))
+    self.begin_at(state["epoch"], state["number"])
 
 # %% ../../nbs/71b_align.answers.ipynb #82aa53dc
 def budget_of_passes(

@@ -19,8 +19,9 @@ from ..align.answers import draw_answers
 from ..align.chat import add_chat_tokens, fit_chat, read_chats, read_pairs, render
 from ..align.pair_tuner import train_dpo
 from ..align.policy_tuner import POLICY_METHODS as BY_REWARD, train_policy
-from ..align.reward import (
-    RewardModel, as_reward, collect_pairs, load_reward, margins, save_reward, train_reward)
+from ..align.judge import collect_pairs
+from ..align.reward import reward_function, reward_margins, train_reward
+from ..align.reward_model import RewardModel, load_reward, save_reward
 from ..align.sft import ChatBatches, train_sft
 from ..core import asset, atomic_write, patch
 from ..data.batches import held_out, one_pass
@@ -309,7 +310,7 @@ def reward_stage(
                             watch=_tell_progress(run), folder=run.folder / "checkpoints-reward",
                             **settings)
     save_reward(judge, run.folder / "reward.safetensors")
-    right = (margins(judge, tokenizer, held) > 0).float().mean().item()
+    right = (reward_margins(judge, tokenizer, held) > 0).float().mean().item()
     best = best_accuracy(held) if teaching.preferences == "world" else None
     limit = f" (at best {best:.1%})" if best else ""
     run.reporter.say(f"reward      {len(learn):,} pairs; it agrees with {right:.1%} of "
@@ -325,7 +326,7 @@ def _follow_reward(
     **settings,           # For `train_policy`
 ) -> list[dict]:          # Its history
     "Let the assistant try, and make likelier what the reward model likes."
-    judge = as_reward(load_reward(run.folder / "reward.safetensors", run.device), tokenizer)
+    judge = reward_function(load_reward(run.folder / "reward.safetensors", run.device), tokenizer)
     settings.setdefault("steps", 60)
     if t.preferences == "world":
         prompts = Talk(World(seed=0)).prompts(_PROMPTS, seed=4)
