@@ -42,7 +42,8 @@ from llm_course.evolve.race import gradient_step, search_step, trace_loss
 from llm_course.evolve.runs import evolve, score_one_by_one
 from llm_course.evolve.search import GA, HillClimb, RandomSearch
 from llm_course.evolve.vectors import flatten_model
-from llm_course.evolve.strategies import CMAES, ES
+from llm_course.evolve.cma import CMAES
+from llm_course.evolve.strategies import ES
 from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import CharTokenizer

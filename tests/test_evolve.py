@@ -16,7 +16,8 @@ from llm_course.evolve.runs import SEARCH_FILE, ScoreError, Strategy, evolve, sc
 from llm_course.evolve.search import GA, HillClimb, RandomSearch
 from llm_course.evolve.vectors import dense_candidates, each_loss, flatten_model, parameter_shapes
 from llm_course.evolve.stack import LowRank, ModelStack, draw_low_rank
-from llm_course.evolve.strategies import CMAES, ES
+from llm_course.evolve.cma import CMAES
+from llm_course.evolve.strategies import ES
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.train.checkpoint import read_checkpoint
@@ -79,7 +80,8 @@ def test_what_is_loaded_lies_in_own_memory(kind):
 
 KILLED = """
 import sys, time, torch
-from llm_course.evolve.search import GA, evolve
+from llm_course.evolve.runs import evolve
+from llm_course.evolve.search import GA
 def score(candidates, generation):
     print(generation, flush=True)
     time.sleep(0.01)

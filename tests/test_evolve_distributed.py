@@ -24,7 +24,8 @@ from llm_course.evolve.distributed import Exchange, blocks_of_worker, evolve_tog
 from llm_course.evolve.population import LowRankNoise
 from llm_course.evolve.runs import evolve
 from llm_course.evolve.vectors import dense_candidates, flatten_model
-from llm_course.evolve.strategies import CMAES, ES, centred_ranks
+from llm_course.evolve.cma import CMAES
+from llm_course.evolve.strategies import ES, centred_ranks
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.train.checkpoint import checksum
 

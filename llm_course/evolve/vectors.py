@@ -81,8 +81,8 @@ def each_loss(
     tokens: Tensor,     # (B, T), the same for all
     targets: Tensor,    # (B, T)
 ) -> Tensor:            # (P,), nats per token
-    "The loss of every candidate, all at once; lesson 64 has a faster way."
+    "The loss of every candidate, all at once; lesson 65 has a faster way."
     run = vmap(lambda params: functional_call(model, params, (tokens,)))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")  # lesson 64 measures it
+        warnings.filterwarnings("ignore", "There is a performance drop")  # lesson 65 measures it
         return nats_of_each(run(vectors_as_params(model, dense_candidates(candidates))), targets)
