@@ -11,9 +11,11 @@ ROW = re.compile(r"^\| `([^`]+)` \| ([\d.]+) \| (.+) \| (.+) \| (.+) \|$", re.M)
 ROWS = {row[0]: row[1:] for row in ROW.findall(README)}
 
 
-def source(lesson: str) -> str:
-    "All code and text of a notebook."
-    cells = json.loads((ROOT / "nbs" / f"{lesson}.ipynb").read_text(encoding="utf-8"))["cells"]
+def source(name: str) -> str:
+    "All code and text of the notebook `NN_name`; its number may change."
+    found = [p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem.partition("_")[2] == name]
+    assert len(found) == 1, f"{len(found)} notebooks are called {name}"
+    cells = json.loads(found[0].read_text(encoding="utf-8"))["cells"]
     return "\n".join("".join(cell["source"]) for cell in cells)
 
 

@@ -108,6 +108,7 @@ def test_sections_and_lists_of_awkward_texts():
 
 
 def test_the_package_imports_nothing_until_it_is_asked():
-    code = "import llm_course, sys; print(*(n in sys.modules for n in ('torch', 'llm_course.world')))"
+    names = ["torch", "llm_course.world"]
+    code = f"import llm_course, sys; print(*(name in sys.modules for name in {names}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]
