@@ -11,15 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_course.align.chat import add_chat_tokens
+from llm_course.align.pair_tuner import PreferenceConfig, train_dpo
+from llm_course.align.policy_tuner import PolicyConfig, train_policy
 from llm_course.data.batches import RandomWindows
 from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.tokens.text import CharTokenizer
+from llm_course.tokens.text import ByteTokenizer, CharTokenizer
 from llm_course.train.checkpoint import CheckpointFiles, read_checkpoint
 from llm_course.train.loop import TrainConfig, train
 from llm_course.train.runner import Budget, Job, resume_job, run_job
+from llm_course.world.talk import AnswerPair
+from llm_course.world.writers import say
 
-BUDGETS = {"Budget": Budget, "TrainConfig": TrainConfig}
+BUDGETS = {"Budget": Budget, "TrainConfig": TrainConfig, "PolicyConfig": PolicyConfig}
+BUDGETS |= {"PreferenceConfig": PreferenceConfig}
 
 
 @pytest.mark.parametrize("kind", BUDGETS.values(), ids=BUDGETS)
@@ -74,7 +80,27 @@ def run_count(folder=None, seed=0, **budget):
     return run_job(Count(seed, 0.01, **budget), folder, save_every=2).step
 
 
-KINDS = {"count": run_count, "train": run_training}
+def make_chat():
+    torch.manual_seed(0)
+    tokenizer = ByteTokenizer()
+    return add_chat_tokens(tokenizer, GPT(GPTConfig(tokenizer.vocab_size, 64, 32, 1, 2)))
+
+
+def run_policy(folder=None, seed=0, **budget):
+    tokenizer, model = make_chat()
+    settings = {"batch_size": 4, "group": 2, "max_new_tokens": 4, "folder": folder, "seed": seed}
+    reward = lambda messages, answers: torch.tensor([float(len(a)) for a in answers])  # noqa: E731
+    return len(train_policy(model, tokenizer, [say("Hi")], reward, **settings, **budget))
+
+
+def run_dpo(folder=None, seed=0, **budget):
+    tokenizer, model = make_chat()
+    pairs = [AnswerPair(say(f"{n} and {n}?"), "Yes.", "Go away.") for n in range(6)]
+    settings = {"batch_size": 2, "folder": folder, "seed": seed}
+    return len(train_dpo(model, tokenizer, pairs, **settings, **budget))
+
+
+KINDS = {"count": run_count, "train": run_training, "policy": run_policy, "dpo": run_dpo}
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
