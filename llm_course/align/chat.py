@@ -8,14 +8,15 @@ __all__ = ['ROLES', 'CHAT_TOKENS', 'check_messages', 'add_chat_tokens', 'Rendere
            'load_assistant']
 
 # %% ../../nbs/71a_align.chat.ipynb #eb00e81f
-import copy, html, json
+import copy, html
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from ..core import asset
+from ..data.files import read_json_lines
 from ..model.files import load_model
 from ..model.gpt import GPT
 from ..tokens.exchange import load_tokenizer
@@ -209,22 +210,6 @@ class Examples(NamedTuple):
         counts = [f"{what}: {n}" for what, n in kinds.items()]
         return "\n".join([f"usable: {len(self.items)}", *counts])
 
-def _read_lines(
-    path: str | Path, # A file with one JSON object per line
-) -> Iterator[tuple[str, dict]]: # "file, line n" and the object
-    "Read JSON lines. Raises `ValueError` that names file and line."
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
-            raise ValueError(f"{where}: this is no JSON ({error})") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{where}: expected an object in braces, not {line[:40]!r}")
-        yield where, found
-
 # %% ../../nbs/71a_align.chat.ipynb #d6fa4b3b
 def _read_messages(
     where: str,  # For errors: "file, line n"
@@ -249,7 +234,7 @@ def read_chats(
 ) -> Examples:                          # Conversations, and what was left out
     "Read conversations. Raises `ValueError` that names file and line."
     chats, notes = [], []
-    for where, found in _read_lines(path):
+    for where, found in read_json_lines(path):
         messages, what = _read_messages(where, found, "messages"), ""
         said = [m["content"] for m in messages if m["role"] == "assistant"]
         if not said:
@@ -302,7 +287,7 @@ def read_pairs(
 ) -> Examples:                          # Of `AnswerPair`, and what was left out
     "Read preferences. Raises `ValueError` that names file and line."
     pairs, notes = [], []
-    for where, found in _read_lines(path):
+    for where, found in read_json_lines(path):
         (before, chosen), (other, rejected) = (
             _read_answer(where, found, key) for key in ("chosen", "rejected"))
         messages = _read_messages(where, found, "prompt") if "prompt" in found else before

@@ -34,7 +34,7 @@ def _text_documents(file, longest: int = 5_000_000) -> Iterator[str]:
 # %% ../../nbs/10a_data.files.ipynb #1b090f7b
 def _bad_byte(path: Path, encoding: str) -> str:
     "Say at which byte a file stops being `encoding`, and what to do."
-    decoder, done, start = codecs.getincrementaldecoder(encoding)(), 0, b""
+    decoder, done, line, start = codecs.getincrementaldecoder(encoding)(), 0, 1, b""
     with open(path, "rb") as file:
         while True:
             chunk = file.read(1 << 20)
@@ -43,11 +43,12 @@ def _bad_byte(path: Path, encoding: str) -> str:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 at = done - pending + error.start
+                line += chunk[:max(0, error.start - pending)].count(b"\n")
                 break
-            done += len(chunk)
+            done, line = done + len(chunk), line + chunk.count(b"\n")
     guess = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
-    return (f"{path} is not {encoding}: byte {at:,} (counted from 0) can't be read. Save the file "
-            f'as UTF-8, or name its encoding, perhaps encoding="{guess}"')
+    return (f"{path}, line {line} is not {encoding}: byte {at:,} (counted from 0) can't be read. "
+            f'Save the file as UTF-8, or name its encoding, perhaps encoding="{guess}"')
 
 # %% ../../nbs/10a_data.files.ipynb #e72c7a59
 def _json_objects(file) -> Iterator[tuple[str, dict]]:
