@@ -296,7 +296,8 @@ def test_missing_file_is_named(tmp_path):
 
 KILLED = """
 import os, sys, torch
-from llm_course.model.gpt import GPT, GPTConfig, save_model
+from llm_course.model.files import save_model
+from llm_course.model.gpt import GPT, GPTConfig
 torch.manual_seed(0)
 model = GPT(GPTConfig(40, d_model=256))
 save_model(model, sys.argv[1])

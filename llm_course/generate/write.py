@@ -226,6 +226,7 @@ def _reading(model: Callable) -> Callable:
         return logits
     return read
 
+# %% ../../nbs/51a_generate.write.ipynb #73776f56
 def _hand_out(read, row, max_new_tokens, stops, adjust, sampling):
     "Read, draw, hand out."
     for _ in range(max_new_tokens):
