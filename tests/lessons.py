@@ -31,7 +31,8 @@ STEADY = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-TIMES = re.compile(r"(<!-- lesson-times -->\n).*?(<!-- /lesson-times -->)", re.S)
+# A lesson's row in the index; the last of its five columns holds the seconds.
+ROW = re.compile(r"^(?P<row>\| \[(?P<name>[\w.]+)\]\([^|]*\|[^|]*\|[^|]*\|[^|]*\|) \d+ \|$", re.M)
 
 
 def find(names: list, folder: Path = NBS) -> list:
@@ -139,21 +140,25 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 def write_times(seconds: dict) -> None:
-    "Put a table of seconds between the two marks in the index."
-    rows = ["| lesson | seconds |", "|---|---:|"]
-    rows += [f"| `{name}` | {value:.0f} |" for name, value in seconds.items() if name != "index"]
+    "Put the seconds into the last column of the index's table of lessons."
     path = NBS / "index.ipynb"
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    for cell in notebook["cells"]:
-        text = "".join(cell["source"])
-        if TIMES.search(text):
-            table = "\n" + "\n".join(rows) + "\n\n"
-            text = TIMES.sub(lambda m: m[1] + table + m[2], text)
-            cell["source"] = text.splitlines(keepends=True)
-            from execnb.nbio import nb2str
+    notebook, found = json.loads(path.read_text(encoding="utf-8")), set()
 
-            return write_if_changed(path, nb2str(notebook))
-    raise SystemExit("nbs/index.ipynb has no <!-- lesson-times --> ... <!-- /lesson-times -->")
+    def put(match) -> str:
+        name = match["name"]
+        if name not in seconds:
+            return match[0]
+        found.add(name)
+        return f"{match['row']} {seconds[name]:.0f} |"
+
+    for cell in notebook["cells"]:
+        text = ROW.sub(put, "".join(cell["source"]))
+        cell["source"] = text.splitlines(keepends=True)
+    if not found:
+        raise SystemExit("nbs/index.ipynb has no row for these lessons")
+    from execnb.nbio import nb2str
+
+    write_if_changed(path, nb2str(notebook))
 
 
 def main() -> None:
