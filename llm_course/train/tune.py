@@ -76,18 +76,15 @@ class RangeTest(NamedTuple):
     "What a learning-rate range test saw."
     rates: list[float]   # Growing by the same factor
     losses: list[float]  # Smoothed, nats per token
-    suggestion: float    # Where the loss falls fastest
 
-def _steepest(
-    rates: list[float],  # Growing
-    losses: list[float], # Loss at each rate
-) -> float:              # One of the rates
-    "The rate where the loss falls fastest per factor of the rate, before its minimum."
-    end = int(np.argmin(losses)) + 1
-    if end < 2:
-        raise ValueError("the loss never falls: begin with a lower rate, or give it more steps")
-    slopes = np.gradient(np.array(losses[:end]), np.log(rates[:end]))
-    return float(rates[int(slopes.argmin())])
+    @property
+    def suggestion(self) -> float:
+        "The rate where the loss falls fastest per factor of the rate, before its minimum."
+        end = int(np.argmin(self.losses)) + 1
+        if end < 2:
+            raise ValueError("the loss never falls: begin with a lower rate, or give it more steps")
+        slopes = np.gradient(np.array(self.losses[:end]), np.log(self.rates[:end]))
+        return float(self.rates[int(slopes.argmin())])
 
 # %% ../../nbs/43_train.tune.ipynb #1aa8255d
 def loss_with_gradient(
@@ -130,7 +127,7 @@ def lr_range_test(
             rates.append(rate)
             losses.append(smooth)
             optimizer.step(rate)
-    return RangeTest(rates, losses, _steepest(rates, losses))
+    return RangeTest(rates, losses)
 
 # %% ../../nbs/43_train.tune.ipynb #379a0542
 @dataclass(frozen=True)
