@@ -83,10 +83,11 @@ def to_dict(
     self: Settings,
 ) -> dict:     # For JSON
     "All fields; size and budget under the names of what they are."
-    named = asdict(self)
-    size, budget = named.pop("size"), named.pop("budget") or {"steps": None, "minutes": None}
-    dial = isinstance(size, int)
-    return {**named, "preset": None if dial else size, "depth": size if dial else None, **budget}
+    dial, budget = isinstance(self.size, int), self.budget
+    said = {"size": {"preset": None if dial else self.size, "depth": self.size if dial else None},
+            "budget": {"minutes": budget and budget.minutes, "steps": budget and budget.steps}}
+    return {k: v for name, value in asdict(self).items()
+            for k, v in said.get(name, {name: value}).items()}
 
 def _from_dict(named: dict) -> Settings:
     "What `to_dict` wrote."
