@@ -178,6 +178,7 @@ def look(
         row["true"] = self.judge(r.messages, r.answers).float().mean().item()
     return row
 
+# %% ../../nbs/77a_align.pair_tuner.ipynb #57dad077
 @patch
 def evaluate(
     self: PreferenceTuner, # The newest row of its history learns more
@@ -219,6 +220,12 @@ def load_state(
     n = len(self.pairs.encoded.groups)
     self.batches.load_state_dict({"epoch": epoch, "number": number, "n": n})
 
+# %% ../../nbs/77a_align.pair_tuner.ipynb #0421df8b
+def _steps_of(epochs: float, n: int, settings: dict) -> int:
+    "Batches in so many passes over n pairs; a budget is given only once."
+    exactly_one(steps=settings.get("steps"), minutes=settings.get("minutes"), epochs=epochs)
+    return max(1, round(epochs * n / settings.get("batch_size", PreferenceConfig.batch_size)))
+
 # %% ../../nbs/77a_align.pair_tuner.ipynb #5a3f4727
 def train_dpo(
     model: GPT,                       # The policy; changed in place
@@ -243,11 +250,6 @@ def train_dpo(
     config = PreferenceConfig(method, **settings)
     t = PreferenceTuner(model, tokenizer, pairs, config, reference, valid, judge, seed)
     return run_job(t, folder, "preference", None, save_every, eval_every, watch).history
-
-def _steps_of(epochs: float, n: int, settings: dict) -> int:
-    "Batches in so many passes over n pairs; a budget is given only once."
-    exactly_one(steps=settings.get("steps"), minutes=settings.get("minutes"), epochs=epochs)
-    return max(1, round(epochs * n / settings.get("batch_size", PreferenceConfig.batch_size)))
 
 # %% ../../nbs/77a_align.pair_tuner.ipynb #bae5ecd5
 def sample_pairs(
