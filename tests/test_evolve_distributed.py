@@ -38,7 +38,7 @@ WORKER = """
     import torch
     import torch.distributed as dist
     from llm_course.evolve.population import population_loss
-    from llm_course.evolve.search import flatten_model
+    from llm_course.evolve.vectors import flatten_model
     from llm_course.evolve.distributed import Exchange, evolve_together, torchrun_store
     from llm_course.evolve.strategies import ES
     from llm_course.model.gpt import GPT, GPTConfig
