@@ -237,13 +237,18 @@ class PairBatches:
 
 # %% ../../nbs/71b_align.answers.ipynb #8013322a
 @patch
-def state_dict(self: PairBatches) -> dict:
+def state_dict(
+    self: PairBatches,
+) -> dict:             # The place, and what the order depends on
     "Where it is; JSON can hold it."
     return {"epoch": self.epoch, "number": self.number, "n": len(self.groups),
             "batch_size": self.batch_size, "seed": self.seed}
 
 @patch
-def load_state_dict(self: PairBatches, state: dict) -> None:
+def load_state_dict(
+    self: PairBatches,
+    state: dict,       # From `state_dict`
+) -> None:
     "Go on from there. Raises `ValueError` if the comparisons or their order are others."
     here = self.state_dict()
     if state["n"] != here["n"]:

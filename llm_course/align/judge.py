@@ -24,7 +24,7 @@ def compare_answers(
     answers: list[str],     # Some; those that are alike count once
     crowd: list[Annotator], # Each comparison is made by one of them
     g: torch.Generator,     # For who it is, which answer is shown first, and the noise
-) -> list[AnswerPair]:            # One for every two answers
+) -> list[AnswerPair]:      # One for every two answers
     "Let a crowd compare answers, each with each other one."
     answers = list(dict.fromkeys(answers))
     rewards = [talk.reward(messages, answer) for answer in answers]
@@ -53,15 +53,15 @@ def collect_pairs(
     crowd: list[Annotator] | None = None, # Who compares; `make_annotators(20)` by default
     sampled: int = 2,       # Answers of the assistant to each prompt
     written: int = 2,       # Answers of hired writers
-) -> list[AnswerPair]:            # At most n K (K - 1) / 2, with K answers to each prompt
+) -> list[AnswerPair]:      # At most n K (K - 1) / 2, with K answers to each prompt
     "Draw prompts, gather answers, and let a crowd compare them, each with each other one."
     prompts, g = talk.prompts(n, seed, split), torch.Generator().manual_seed(seed)
     k = 0 if model is None else sampled
     own = draw_answers(model, tokenizer, prompts, k, seed=seed).answers if k else []
     pairs, crowd = [], crowd or make_annotators(20)
     for i, messages in enumerate(prompts):
-        answers = own[i * k:(i + 1) * k] + talk.answers(talk.read(messages), written, 1000003 * seed + i)
-        pairs += compare_answers(talk, messages, answers, crowd, g)
+        others = talk.answers(talk.read(messages), written, 1000003 * seed + i)
+        pairs += compare_answers(talk, messages, own[i * k:(i + 1) * k] + others, crowd, g)
     return pairs
 
 # %% ../../nbs/73_align.judge.ipynb #7b039d8b

@@ -8,6 +8,7 @@ __all__ = ['Judgement', 'append_json_line', 'read_judgements', 'SelfAgreement', 
 # %% ../../nbs/72b_align.panel.ipynb #5593219d
 import html, json, os, zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from ..core import need
@@ -200,10 +201,11 @@ def judge_panel(
             button.disabled = not judge.done if name == "undo" else judge.now is None
 
     def press(name):
-        def act(_):
-            judge.undo() if name == "undo" else judge.choose(name)
+        act = judge.undo if name == "undo" else partial(judge.choose, name)
+        def pressed(_):
+            act()
             refresh()
-        return act
+        return pressed
 
     for name, button in buttons.items():
         button.on_click(press(name))
