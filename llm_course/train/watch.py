@@ -65,14 +65,16 @@ class WatchedBatches:
         self.batches, self.training = batches, training
         self.expected, self.reporter = expected, reporter
         self.place, self.text = {"batches": 0, "seconds": 0.0}, ""
-        self.clock, self.start, self.tokens = time.perf_counter(), None, 0
+        self.clock, self.start = time.perf_counter(), None
+        self.tokens, self.newest = 0, 0
 
     def __next__(self) -> tuple:
         now, batch = time.perf_counter(), next(self.batches)
         self.start = now if self.start is None else self.start
         self.place["seconds"] += now - self.clock
         self.clock = now
-        self.tokens += count_targets(batch)
+        self.newest = count_targets(batch)
+        self.tokens += self.newest
         self.tell_progress()
         self.place["batches"] += 1
         return batch
@@ -114,6 +116,16 @@ def tell_progress(
     done, total, left = self.time_left()
     step = self.place["batches"] // self.training.accumulate
     self.reporter.progress(done, total, f"step {step}  {self.text}{format_duration(left)} left")
+
+@patch
+def speed(
+    self: WatchedBatches,
+) -> float: # Targets per second, since the last look
+    "From the first batch that was fetched to the newest, so without the time of a look."
+    seconds, tokens = self.clock - self.start, self.tokens - self.newest
+    if tokens == 0:  # a single batch
+        seconds, tokens = time.perf_counter() - self.start, self.tokens
+    return tokens / max(seconds, 1e-9)
 
 # %% ../../nbs/47a_train.watch.ipynb #abeee24d
 def write_log(
@@ -209,9 +221,7 @@ def measure(
     trainer: Trainer, # The training, just evaluated
 ) -> dict:            # Speed, utilisation, memory
     "How fast the training was since the last look, and what it takes."
-    t, seen = trainer, self.seen
-    seconds = t.started + t.progress.seconds - seen.start  # until the last step was done
-    speed = seen.tokens / max(seconds, 1e-9)
-    use = mfu(speed / world_size(), self.config, t.device, t.dtype)
+    speed = self.seen.speed()
+    use = mfu(speed / world_size(), self.config, trainer.device, trainer.dtype)
     return {"tokens_per_second": round(speed), "mfu": round(use, 4),
-            "memory": memory_used(t.device)}
+            "memory": memory_used(trainer.device)}
