@@ -98,6 +98,11 @@ def test_a_new_judge_goes_on_and_asks_the_same_way(tmp_path):
     assert same == asked == len(seen) - 9
     assert {j.chosen[0] for j in read_judgements(path)} == {"a"}
     assert {j.left[0] for j in seen} == {"a", "b"}  # sides are mixed
+    sides = {}
+    for j in seen:
+        sides.setdefault(j.key, []).append(j.left[0])
+    again = [first == second for first, second in (s for s in sides.values() if len(s) == 2)]
+    assert {True, False} == set(again)  # and drawn anew for the second time
 
 
 def test_a_skipped_question_is_not_asked_again(tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['Judgement', 'append_json_line', 'read_judgements', 'SelfAgreement', 'self_agreement', 'Judge', 'judge_panel']
 
 # %% ../../nbs/72b_align.panel.ipynb #5593219d
-import html, json, os, zlib
+import hashlib, html, json, os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -104,7 +104,7 @@ def _next_question(
     if not (again or new):
         return None
     q = old[0] if again else new[0]
-    swap = zlib.crc32(f"{q.key} {asked[q.key]}".encode()) % 2
+    swap = hashlib.sha256(f"{asked[q.key]} {q.key}".encode()).digest()[0] % 2
     left, right = sorted([q.left, q.right], reverse=bool(swap))
     return Judgement(q.messages, left, right, "skip")
 
