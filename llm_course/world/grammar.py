@@ -74,7 +74,7 @@ def _weigh(parts: list) -> tuple[int, tuple]:
     return int(weight), tuple(parts[:-1] + ([TextPart(text)] if text else []))
 
 def _part(token: str, rules: dict, capital: bool) -> TextPart | ShowPart | DrawPart | PickPart:
-    "The node for one piece of a rule that is not a bracket."
+    "The part for one piece of a rule that is not a bracket."
     if token[0] == "<":
         if token[1:-1] not in rules:
             raise ValueError(f"no rule is called {token[1:-1]!r}; known: {', '.join(rules)}")
@@ -110,7 +110,7 @@ def parse_rule(
     text: str,             # One rule
     rules: dict[str, str], # All rules, for `<name>`
     capital: bool = False, # Does the text begin with a capital letter?
-) -> PickPart:                 # A tree of nodes
+) -> PickPart:          # A tree of parts
     "Read a rule."
     tokens = re.findall(r"[\[\]|^]|\{[^}]*\}|<\w+>|[^\[\]|^{<]+", text)
     return _options(tokens[::-1], rules, capital)
