@@ -109,7 +109,7 @@ def _doctor() -> None:
     from rich.markup import escape
     from rich.table import Table
     from llm_course.doctor import diagnose
-    console, findings = Console(highlight=False), diagnose()
+    console, findings = Console(highlight=False, force_jupyter=False), diagnose()
     for finding in findings:
         grid = Table.grid(padding=(0, 1))
         grid.add_row(_SIGNS[finding.state], f"[bold]{finding.name:<10}[/]", escape(finding.found))

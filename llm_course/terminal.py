@@ -69,7 +69,7 @@ class ProgressBar:
     "A `Reporter` with a progress bar and the time that is left."
     def __init__(self):
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-        self.console = Console(file=sys.stdout, highlight=False)
+        self.console = Console(file=sys.stdout, highlight=False, force_jupyter=False)
         self.bar = Progress(BarColumn(), TaskProgressColumn(),
                             TextColumn("{task.description}", markup=False),
                             console=self.console, transient=True)
