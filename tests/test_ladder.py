@@ -23,7 +23,7 @@ LADDER = json.loads(asset("ladder.json").read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parent.parent / "benchmarks" / "ladder.py"
+    path = Path(__file__).parent.parent / "experiments" / "ladder.py"
     spec = importlib.util.spec_from_file_location("ladder_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

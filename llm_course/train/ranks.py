@@ -95,7 +95,8 @@ def start_alike(
     seed_by_rank()
 
 # %% ../../nbs/40a_train.ranks.ipynb #1db40a58
-_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "NCCL", "timed out")
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "NCCL",
+         "timed out")
 
 @contextmanager
 def lost_process(

@@ -50,6 +50,7 @@ class Job:
     budget: Budget  # When it is over
     step = 0        # Steps that are done: `take_step` counts them
     seconds = 0.0   # Time that was used, pauses left out: the runner sets it
+    started = 0.0   # When it began, by `time.perf_counter`, pauses left out: the runner sets it
     stopped = ""    # Why it is over before its budget is used: `evaluate` may say so
 
     def take_step(self) -> None:
@@ -112,7 +113,7 @@ def keep_memory() -> None:
 
 # %% ../../nbs/40c_train.runner.ipynb #8f45e357
 def whole_state(
-    job: Job,
+    job: Job,           # To be saved
 ) -> tuple[dict, dict]: # Tensors; facts, with the settings among them
     "What goes into a checkpoint. Every process must ask: a model may lie in pieces."
     tensors, facts = job.state()
@@ -135,6 +136,7 @@ def resume_job(
         _load(job, *found)
     return found and found[0]
 
+# %% ../../nbs/40c_train.runner.ipynb #8093d6ce
 def _load(job: Job, path: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:
     "Compare settings before anything is changed."
     saved, now = facts.get("settings"), json.loads(json.dumps(job.settings()))
@@ -159,14 +161,11 @@ def run_job(
     keep_memory()
     files = None if folder is None else CheckpointFiles(folder, name, keep)
     with gentle_interrupt() as noted, lock_folder(folder), lost_process(folder):
-        if files:
-            resume_job(job, files)
-        started = time.perf_counter() - job.seconds
+        _begin(job, files)
         while not _is_over(job):
             _step_or_save(job, files if save_on_error else None)
-            job.seconds = from_first(time.perf_counter() - started)
-            _look(job, files, eval_every or save_every, watch)
-            asked = sum_over_ranks(len(noted)) > 0
+            job.seconds = from_first(time.perf_counter() - job.started)
+            asked = _look(job, files, eval_every or save_every, watch, noted)
             if files and (asked or _is_over(job) or job.step % save_every == 0):
                 files.write(job.step, *whole_state(job))
             if asked:
@@ -178,6 +177,12 @@ def _is_over(job: Job) -> bool:
     "Is its budget used, or was it stopped?"
     return bool(job.stopped) or job.budget.used(job.step, job.seconds) >= 1
 
+def _begin(job: Job, files: CheckpointFiles | None) -> None:
+    "Continue what is there, and start the clock."
+    if files:
+        resume_job(job, files)
+    job.started = time.perf_counter() - job.seconds
+
 def _step_or_save(job: Job, files: CheckpointFiles | None) -> None:
     "One step; if it fails, save the job as it is."
     try:
@@ -187,14 +192,18 @@ def _step_or_save(job: Job, files: CheckpointFiles | None) -> None:
             files.write(job.step, *whole_state(job))
         raise
 
-def _look(job: Job, files: CheckpointFiles | None, every: int, watch: Callable | None) -> None:
-    "When it is time, evaluate and keep the best; then let the watcher see it."
+# %% ../../nbs/40c_train.runner.ipynb #a1d6e39f
+def _look(job: Job, files: CheckpointFiles | None, every: int, watch: Callable | None,
+          noted: list) -> bool:
+    "When it is time, evaluate and keep the best; let the watcher see it. Shall it stop?"
     if _is_over(job) or job.step % every == 0:
         if job.evaluate() and files:
             CheckpointFiles(files.folder, "best").write(job.step, *whole_state(job))
     if watch is not None:
         watch(job)
+    return sum_over_ranks(len(noted)) > 0
 
+# %% ../../nbs/40c_train.runner.ipynb #ae3239c2
 def _interrupt(job: Job, folder: str | Path | None) -> None:
     "Say how to go on, and raise `KeyboardInterrupt`."
     where = "not saved: there is no folder=..."

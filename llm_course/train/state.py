@@ -110,8 +110,13 @@ def state(self: TrainingRun) -> tuple[dict, dict]: # Tensors, facts
              "scale": [self.scale.factor, self.scale.good]}
     return group_tensors(groups), facts
 
+# %% ../../nbs/40f_train.state.ipynb #68cadc28
 @patch
-def load_state(self: TrainingRun, tensors: dict[str, Tensor], facts: dict) -> None:
+def load_state(
+    self: TrainingRun,
+    tensors: dict[str, Tensor], # From `state`
+    facts: dict,                # From `state`
+) -> None:
     "Put back what `state` gave; the batches refuse another order before anything is changed."
     self.batches.load_state_dict(facts["batches"])
     self.optimizer.load_state_dict(tensors_of_group(tensors, "optimizer"))
