@@ -327,15 +327,17 @@ def _follow_reward(
 ) -> list[dict]:          # Its history
     "Let the assistant try, and make likelier what the reward model likes."
     judge = reward_function(load_reward(run.folder / "reward.safetensors", run.device), tokenizer)
-    settings.setdefault("steps", 60)
+    if "minutes" not in settings:
+        settings.setdefault("steps", 60)
     if t.preferences == "world":
         prompts = Talk(World(seed=0)).prompts(_PROMPTS, seed=4)
     else:
         prompts = [pair.messages for pair in _comparisons(run, t, model, tokenizer)[0]]
 
     def watch(tuner):
-        row, total = tuner.history[-1], tuner.config.steps
-        run.reporter.progress(row["step"] + 1, total, f"reward {row['reward']:.2f}  "
+        row = tuner.history[-1]
+        total = tuner.config.steps or tuner.step
+        run.reporter.progress(tuner.step, total, f"reward {row['reward']:.2f}  "
                               f"KL {row['kl']:.1f} nats per answer")
 
     return train_policy(model, tokenizer, prompts, judge, t.method, watch=watch,
@@ -355,7 +357,8 @@ def policy_stage(
     model, tokenizer = _open_model(run, "sft")
     if teaching.method == "dpo":
         learn, held = _comparisons(run, teaching, model, tokenizer, n)
-        settings.setdefault("epochs", _enough_passes(learn, 1))
+        if not {"steps", "minutes"} & settings.keys():
+            settings.setdefault("epochs", _enough_passes(learn, 1))
         history = train_dpo(model, tokenizer, learn, valid=held, seed=run.settings.seed,
                              folder=run.folder / "checkpoints-policy", **settings)
     else:
