@@ -117,6 +117,7 @@ def tell_progress(
     step = self.place["batches"] // self.training.accumulate
     self.reporter.progress(done, total, f"step {step}  {self.text}{format_duration(left)} left")
 
+# %% ../../nbs/47a_train.watch.ipynb #7bc762c2
 @patch
 def speed(
     self: WatchedBatches,
