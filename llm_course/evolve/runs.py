@@ -166,7 +166,7 @@ class _Scorer:
 
 # %% ../../nbs/60b_evolve.runs.ipynb #bd1c78eb
 @patch
-def all_scores(self: _Scorer, strategy: Strategy) -> Tensor:
+def _all_scores(self: _Scorer, strategy: Strategy) -> Tensor:
     "Scores (P,) of all candidates. Raises `ScoreError` that names the one that fails."
     P, at, scores = len(strategy.candidates), 0, []
     while at < P:
@@ -177,13 +177,13 @@ def all_scores(self: _Scorer, strategy: Strategy) -> Tensor:
             at += size
         except Exception as error:
             if not _is_out_of_memory(error) or size == 1:
-                self.raise_for(strategy, at, size, error)
+                self._raise_for(strategy, at, size, error)
             self.chunk = size // 2
     return torch.cat(scores)
 
 # %% ../../nbs/60b_evolve.runs.ipynb #7e09b5e8
 @patch
-def raise_for(self: _Scorer, strategy: Strategy, start: int, size: int, error: Exception) -> None:
+def _raise_for(self: _Scorer, strategy: Strategy, start: int, size: int, error: Exception) -> None:
     "Find out for which individual of the chunk at `start` the score fails."
     for i in range(start, start + size if size > 1 else start):
         try:
@@ -285,14 +285,14 @@ def take_step(self: _SearchJob) -> None:
     "One generation; when it fails, the search is as it was before."
     try:
         self.strategy.ask()
-        self.scores = self.scorer.all_scores(self.strategy)
+        self.scores = self.scorer._all_scores(self.strategy)
     except BaseException:
         self.strategy.candidates = None
         raise
     self.strategy.tell(self.scores)
 
 @patch
-def note(self: _SearchJob, watch: Callable | None) -> None:
+def _note(self: _SearchJob, watch: Callable | None) -> None:
     "Remember and show what the last generation scored."
     self.history.append(_make_row(self.strategy, self.scores, self.seconds))
     self.bar.show(self.history[-1])
@@ -317,7 +317,7 @@ def evolve(
                         seconds=seconds)
     job = _SearchJob(strategy, _Scorer(score, chunk), budget, _Bar(progress))
     run_job(job, folder, Path(SEARCH_FILE).stem, save_every=save_every,
-            watch=lambda job: job.note(watch), save_on_error=True)
+            watch=lambda job: job._note(watch), save_on_error=True)
     if job.history:
         job.bar.show(job.history[-1], end=True)
     return job.history

@@ -166,7 +166,8 @@ class ModelStack(nn.Module):
     ):
         super().__init__()
         self.names = {id(p): name for name, p in model.named_parameters()}
-        self.shapes, self.inner, self.layers = parameter_shapes(model), copy.deepcopy(model).eval(), {}
+        self.shapes, self.inner = parameter_shapes(model), copy.deepcopy(model).eval()
+        self.layers = {}
         _speed_up(self.inner)
         for name, layer in model.named_modules():
             own = dict(layer.named_parameters(recurse=False))
