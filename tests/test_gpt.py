@@ -289,6 +289,17 @@ def test_foreign_headers_are_refused(change, message, tmp_path):
         load_model(tmp_path / "m.safetensors")
 
 
+@each_style
+def test_hidden_is_what_the_head_reads(style):
+    model, tokens, segments = small(style), some_tokens(), torch.arange(24)[None].expand(2, -1) // 7
+    for given in ((tokens,), (tokens, segments)):
+        x = model.hidden(*given)
+        assert x.shape == (2, 24, 32)
+        assert torch.equal(model.head(x), model(*given))
+    with pytest.raises(ValueError, match="context_length is 24"):
+        model.hidden(some_tokens(25))
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
         load_model(tmp_path / "nothing.safetensors")
