@@ -206,7 +206,7 @@ def _look(job: Job, files: CheckpointFiles | None, every: int, watch: Callable |
 # %% ../../nbs/40c_train.runner.ipynb #ae3239c2
 def _interrupt(job: Job, folder: str | Path | None) -> None:
     "Say how to go on, and raise `KeyboardInterrupt`."
-    where = "not saved: there is no folder=..."
+    where = "not saved: no folder was given"
     if folder:
         where = f"saved in {Path(folder).name}: start it again with the same folder to go on"
     message = f"Stopped after step {job.step}, {where}."
