@@ -14,6 +14,9 @@ import torch
 from llm_course.align.chat import add_chat_tokens
 from llm_course.align.pair_tuner import PreferenceConfig, train_dpo
 from llm_course.align.policy_tuner import PolicyConfig, train_policy
+from llm_course.align.reward import train_reward
+from llm_course.align.reward_model import RewardModel
+from llm_course.align.sft import train_sft
 from llm_course.data.batches import RandomWindows
 from llm_course.data.shards import memory_shards
 from llm_course.model.gpt import GPT, GPTConfig
@@ -100,7 +103,22 @@ def run_dpo(folder=None, seed=0, **budget):
     return len(train_dpo(model, tokenizer, pairs, **settings, **budget))
 
 
-KINDS = {"count": run_count, "train": run_training, "policy": run_policy, "dpo": run_dpo}
+def run_sft(folder=None, seed=0, **budget):
+    tokenizer, model = make_chat()
+    chats = [say(f"{n} and {n}?", "Yes.") for n in range(6)]
+    settings = {"batch_size": 2, "folder": folder, "seed": seed, "eval_every": 2, "watch": None}
+    return train_sft(model, tokenizer, chats, **settings, **budget).step
+
+
+def run_reward(folder=None, seed=0, **budget):
+    tokenizer, model = make_chat()
+    pairs = [AnswerPair(say(f"{n} and {n}?"), "Yes.", "Go away.") for n in range(6)]
+    settings = {"batch_size": 2, "folder": folder, "seed": seed, "eval_every": 2, "watch": None}
+    return train_reward(RewardModel(model), tokenizer, pairs, **settings, **budget).step
+
+
+KINDS = {"count": run_count, "train": run_training, "sft": run_sft, "reward": run_reward}
+KINDS |= {"policy": run_policy, "dpo": run_dpo}
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
