@@ -39,7 +39,10 @@ def command(
         parameters.append(p.replace(annotation=Annotated[p.annotation, info]))
     wrapper.__signature__ = inspect.Signature(parameters)
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(fn.__name__.strip("_").replace("_", "-"), help=fn.__doc__)(wrapper)
+    name = fn.__name__.strip("_").replace("_", "-")
+    others = [c for c in app.registered_commands if c.name != name]
+    app.registered_commands = others  # a cell that is run again replaces its command
+    app.command(name, help=fn.__doc__)(wrapper)
     return fn
 
 # %% ../nbs/98b_cli.ipynb #21a5fbf3

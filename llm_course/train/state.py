@@ -6,7 +6,7 @@
 __all__ = ['Progress', 'TrainingRun', 'print_losses']
 
 # %% ../../nbs/40f_train.state.ipynb #14d84db2
-import json, math, time
+import json, math
 from collections import deque
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -59,11 +59,7 @@ class TrainingRun(Job):
     step = property(lambda self: self.progress.step)
     stopped = property(lambda self: self.progress.stopped)
     seconds = property(lambda self: self.progress.seconds,
-                       lambda self, value: self.note_seconds(value))
-
-    def note_seconds(self, seconds: float) -> None:
-        "Called by the runner as soon as a step is done."
-        self.progress.seconds, self.clock = seconds, time.perf_counter()
+                       lambda self, value: setattr(self.progress, "seconds", value))
 
 # %% ../../nbs/40f_train.state.ipynb #477d3c28
 @patch
