@@ -20,7 +20,7 @@ from llm_course.evolve.cma import CMAES
 from llm_course.evolve.strategies import ES
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.gpt import GPT, GPTConfig
-from llm_course.train.checkpoint import read_checkpoint
+from llm_course.train.checkpoint import read_checkpoint, write_checkpoint
 
 KINDS = [RandomSearch, HillClimb, GA]
 
@@ -116,6 +116,24 @@ def test_other_settings_are_refused(tmp_path):
         evolve(GA(torch.zeros(5), 8, scale=1.0, seed=1), sphere, generations=4, folder=tmp_path)
     with pytest.raises(ValueError, match="kind"):
         evolve(HillClimb(torch.zeros(5), 8), sphere, generations=4, folder=tmp_path)
+
+
+def test_a_folder_without_settings_at_the_top_is_continued(tmp_path):
+    "As searches were saved before they had the runner of the course."
+    whole, first, second = [GA(torch.zeros(5), 8) for _ in range(3)]
+    rows = evolve(whole, sphere, generations=6)
+    history = evolve(first, sphere, generations=3)
+    tensors, facts = first.state_dict()
+    write_checkpoint(
+        tmp_path / SEARCH_FILE, tensors, {"search": facts, "history": history, "chunk": None}
+    )
+    rest = evolve(second, sphere, generations=6, folder=tmp_path)
+    assert same_state(whole, second) and rest.column("best") == rows.column("best")
+    write_checkpoint(
+        tmp_path / SEARCH_FILE, tensors, {"search": facts, "history": history, "chunk": None}
+    )
+    with pytest.raises(ValueError, match="other settings: seed"):
+        evolve(GA(torch.zeros(5), 8, seed=1), sphere, generations=6, folder=tmp_path)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
@@ -247,8 +265,13 @@ def test_misuse(kind):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="budget"):
+    with pytest.raises(ValueError, match="budget.*none of them"):
         evolve(GA(torch.zeros(5)), sphere)
+    for two in ({"generations": 3, "seconds": 1.0}, {"generations": 3, "evaluations": 9}):
+        with pytest.raises(ValueError, match="budget as either generations.*got generations=3"):
+            evolve(GA(torch.zeros(5)), sphere, **two)
+    with pytest.raises(ValueError, match="above 0"):
+        evolve(GA(torch.zeros(5)), sphere, evaluations=0)
     with pytest.raises(ScoreError, match="expected a tensor"):
         evolve(GA(torch.zeros(5)), lambda c: 1.0, generations=1)
     for wrong in ({"selection": "luck"}, {"crossover": "both"}):
