@@ -19,6 +19,8 @@ from llm_course.align.reward_model import RewardModel
 from llm_course.align.sft import train_sft
 from llm_course.data.batches import RandomWindows
 from llm_course.data.shards import memory_shards
+from llm_course.evolve.runs import evolve
+from llm_course.evolve.search import GA
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import ByteTokenizer, CharTokenizer
 from llm_course.train.checkpoint import CheckpointFiles, read_checkpoint
@@ -41,6 +43,13 @@ def test_a_budget_is_exactly_one_number(kind):
         with pytest.raises(ValueError, match="must be above 0"):
             kind(**wrong)
     assert kind(steps=5).minutes is None and kind(minutes=1).steps is None
+
+
+def test_a_search_has_one_budget_too():
+    for budget in ({}, {"generations": 2, "seconds": 1.0}, {"generations": 2, "evaluations": 16}):
+        with pytest.raises(ValueError, match="give the budget as either generations="):
+            evolve(GA(torch.zeros(5), 8), sphere, **budget)
+    assert len(evolve(GA(torch.zeros(5), 8), sphere, evaluations=16)) == 2
 
 
 class Count(Job):
@@ -117,8 +126,20 @@ def run_reward(folder=None, seed=0, **budget):
     return train_reward(RewardModel(model), tokenizer, pairs, **settings, **budget).step
 
 
+def sphere(candidates):
+    return -(candidates - 1).square().sum(dim=1)
+
+
+def run_evolve(folder=None, seed=0, steps=None, minutes=None):
+    "A search counts generations and seconds."
+    seconds = None if minutes is None else 60 * minutes
+    search = GA(torch.zeros(5), 8, seed=seed)
+    return len(evolve(search, sphere, generations=steps, seconds=seconds, folder=folder))
+
+
 KINDS = {"count": run_count, "train": run_training, "sft": run_sft, "reward": run_reward}
 KINDS |= {"policy": run_policy, "dpo": run_dpo}
+KINDS["evolve"] = run_evolve
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
