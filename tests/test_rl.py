@@ -23,6 +23,7 @@ from llm_course.core import asset
 from llm_course.model.block import LLAMA
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.bpe import BPETokenizer
+from llm_course.train.checkpoint import read_checkpoint, write_checkpoint
 
 
 def random_batch(seed: int, B: int = 4, T: int = 6) -> tuple:
@@ -267,6 +268,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(tiny, tmp_path, method):
         copy.deepcopy(model), tokenizer, prompts, vowels, **settings, folder=tmp_path
     )
     assert done == history
+
+
+def test_a_run_of_older_code_is_refused_by_the_names_that_differ(tiny, tmp_path):
+    model, tokenizer, prompts = tiny
+    settings = {**SMALL, "steps": 2, "folder": tmp_path}
+    train_policy(copy.deepcopy(model), tokenizer, prompts, vowels, **settings)
+    path = tmp_path / "policy.safetensors"
+    tensors, facts = read_checkpoint(path)
+    was = facts["settings"]
+    was |= {"batch": was.pop("batch_size"), "kl": was.pop("beta")}
+    del was["seed"]
+    write_checkpoint(path, tensors, facts)
+    with pytest.raises(ValueError, match="other settings.*batch was 8 .*seed was None and is 0"):
+        train_policy(copy.deepcopy(model), tokenizer, prompts, vowels, **settings)
 
 
 def test_the_reference_stays_and_the_seed_decides(tiny):
