@@ -25,7 +25,7 @@ import torch
 from llm_course.align.answers import draw_answers
 from llm_course.align.chat import Rendered, load_assistant, render
 from llm_course.align.lora import add_lora
-from llm_course.align.sft import ChatBatches, Packed, render_story, train_sft
+from llm_course.align.sft import ChatBatches, PackedGPT, render_story, train_sft
 from llm_course.core import atomic_write, set_seed
 from llm_course.data.batches import one_pass
 from llm_course.model.files import save_model
@@ -75,7 +75,7 @@ def learn(model, tokenizer, chats, stories, seed, way) -> int:
     batches = ChatBatches(texts, 8, model.config.context_length, seed)
     steps = 2 * sum(1 for _ in one_pass(batches))
     config = TrainConfig(steps=steps, lr_matrix=0.01, lr=0.02)
-    train(Packed(model, tokenizer.end_id), batches, config, watch=watch)
+    train(PackedGPT(model, tokenizer.end_id), batches, config, watch=watch)
     return seen[-1]
 
 

@@ -13,7 +13,7 @@ from llm_course.align.chat import (
     CHAT_TOKENS, add_chat_tokens, load_assistant, read_chats, read_pairs, recent_messages, render,
     render_text)
 from llm_course.align.lora import LoRA, add_lora, merge_lora
-from llm_course.align.sft import ChatBatches, Packed, render_story, train_sft
+from llm_course.align.sft import ChatBatches, PackedGPT, render_story, train_sft
 from llm_course.core import asset
 from llm_course.model.block import GPT2, COURSE
 from llm_course.model.gpt import GPT, GPTConfig
@@ -204,7 +204,7 @@ def test_packing_changes_no_gradient(style):
     for pack in (True, False):
         batches = ChatBatches(texts, 4, 64, pack=pack)
         tokens, targets, mask = next(batches)
-        whole = Packed(model, tokenizer.end_id) if pack else model
+        whole = PackedGPT(model, tokenizer.end_id) if pack else model
         logits = whole(tokens)
         model.zero_grad()
         targets = targets.masked_fill(~mask, -100)
