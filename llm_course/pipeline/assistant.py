@@ -341,8 +341,16 @@ def _follow_reward(
                               f"KL {row['kl']:.1f} nats per answer")
 
     return train_policy(model, tokenizer, prompts, judge, t.method, watch=watch,
-                       seed=run.settings.seed, folder=run.folder / "checkpoints-policy",
-                       **settings)
+                        seed=run.settings.seed, folder=run.folder / "checkpoints-policy",
+                        **settings)
+
+# %% ../../nbs/95d_pipeline.assistant.ipynb #675a6c98
+def _follow_pairs(run: Run, model: GPT, tokenizer: Tokenizer, learn: list, held: list, **settings):
+    "Learn from the pairs at once; returns the history. Settings are those of `train_dpo`."
+    if not {"steps", "minutes"} & settings.keys():
+        settings.setdefault("epochs", _enough_passes(learn, 1))
+    return train_dpo(model, tokenizer, learn, valid=held, seed=run.settings.seed,
+                     folder=run.folder / "checkpoints-policy", **settings)
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #9f1497a9
 def policy_stage(
@@ -357,10 +365,7 @@ def policy_stage(
     model, tokenizer = _open_model(run, "sft")
     if teaching.method == "dpo":
         learn, held = _comparisons(run, teaching, model, tokenizer, n)
-        if not {"steps", "minutes"} & settings.keys():
-            settings.setdefault("epochs", _enough_passes(learn, 1))
-        history = train_dpo(model, tokenizer, learn, valid=held, seed=run.settings.seed,
-                             folder=run.folder / "checkpoints-policy", **settings)
+        history = _follow_pairs(run, model, tokenizer, learn, held, **settings)
     else:
         history = _follow_reward(run, teaching, model, tokenizer, **settings)
     save_model(model, run.folder / "assistant.safetensors")
