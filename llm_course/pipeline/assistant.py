@@ -222,10 +222,12 @@ def _reminders(
     n: int = 600,         # How many
 ) -> list[str]:           # Stories, or pieces of the text
     "Some of what the base model was trained on, against forgetting."
+    T = model.config.context_length
     if run.source == "world":
-        return World(seed=0).sample(n, seed=20)
+        stories = World(seed=0).sample(n, seed=20)
+        return [story for story in stories if len(tokenizer.encode(story)) < T]
     train, _ = token_parts(run.folder, run.facts)
-    pieces, length = [], model.config.context_length - 16  # cut tokens may be spelt longer
+    pieces, length = [], T - 16  # cut tokens may be spelt longer
     for text in decode_documents(train, tokenizer):
         ids = tokenizer.encode(text)
         pieces += [tokenizer.decode(ids[i:i + length]) for i in range(0, len(ids), length)]
