@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_device', 'fig_alt', 'pick_dtype', 'set_seed', 'random_state', 'set_random_state', 'keep_random_state',
            'relative_error', 'check_device', 'atomic_write', 'folder_lock', 'asset', 'need', 'is_online', 'lesson',
-           'patch', 'LiveCurve']
+           'patch', 'LiveCurve', 'whole_tensor', 'cut_like']
 
 # %% ../nbs/00a_core.ipynb #6db0329a
 import importlib, os, platform, random, socket, tempfile, time
@@ -320,3 +320,22 @@ def draw(
         self._handle = display(image, display_id=True)
     else:
         self._handle.update(image)
+
+# %% ../nbs/00a_core.ipynb #d4f1b32c
+def whole_tensor(
+    tensor: Tensor, # Perhaps one piece of a tensor that several processes hold
+) -> Tensor:        # All of it; every process must ask
+    "Put the pieces of a tensor together."
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+def cut_like(
+    tensor: Tensor, # Whole, and the same in every process
+    other: Tensor,  # Of the same shape, perhaps in pieces
+) -> Tensor:        # In the same pieces as `other`
+    "Cut a tensor as another one is cut."
+    if not hasattr(other, "full_tensor") or hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+    mesh = other.device_mesh
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=other.placements)

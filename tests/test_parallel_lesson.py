@@ -22,7 +22,7 @@ from llm_course.train.activations import parameter_counts
 from llm_course.train.cluster import (
     A100, H100, Cluster, ClusterPlan, best_save_interval, bytes_sent, lost_to_failures,
     predicted_mfu, step_times)
-from llm_course.train.optim import whole_tensor
+from llm_course.core import whole_tensor
 from llm_course.train.parallel import distribute_model
 from llm_course.train.workers import SENT_SHARE, Workers, load_sharded, save_sharded
 

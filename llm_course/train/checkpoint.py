@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from ..core import atomic_write, random_state, set_random_state
 from ..model.gpt import plain_model
-from .optim import cut_like
+from ..core import cut_like
 from .ranks import rank, seed_by_rank, world_size
 
 # %% ../../nbs/40b_train.checkpoint.ipynb #47096800

@@ -8,7 +8,8 @@ __all__ = ['split_params', 'OptimizerGroup', 'course_optimizer', 'adamw_optimize
 # %% ../../nbs/40e_train.recipes.ipynb #ca03552e
 import torch
 from torch import Tensor, nn
-from .optim import AdamW, Muon, Optimizer, cut_like, whole_tensor
+from ..core import cut_like, whole_tensor
+from .optim import AdamW, Muon, Optimizer
 
 # %% ../../nbs/40e_train.recipes.ipynb #37b3ab0b
 def _optimizer_state(

@@ -18,7 +18,7 @@ from ..model.gpt import plain_model
 from .checkpoint import (
     BEST_FILE, collect_random_states, group_tensors, load_weights, read_checkpoint,
     restore_random_states, tensors_of_group)
-from .optim import whole_tensor
+from ..core import whole_tensor
 from .recipes import OptimizerGroup
 from .precision import PRECISIONS, LossScale, common_precision
 from .ranks import rank, sum_over_ranks, world_size
