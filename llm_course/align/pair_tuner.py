@@ -21,7 +21,7 @@ from .rlhf import answer_kl
 from ..core import patch
 from ..model.gpt import GPT
 from ..train.checkpoint import group_tensors, load_weights, tensors_of_group
-from ..train.precision import pick_precision
+from ..train.precision import PRECISIONS, pick_precision
 from ..train.optim import SCHEDULES, AdamW, clip_grad_norm
 from ..train.recipes import OptimizerGroup
 from ..train.runner import Budget, Job, exactly_one, run_job
@@ -112,14 +112,24 @@ class PreferenceTuner(Job):
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.judge, self.seed, self.valid = judge, seed, list(valid)
         self.reference = copy.deepcopy(reference or model).eval().requires_grad_(False)
-        self.dtype = pick_precision(model.embed.weight.device)
-        self.pairs = _PairScorer(self.reference, tokenizer, pairs, self.dtype)
-        self.looks = self.valid and _PairScorer(
-            self.reference, tokenizer, self.valid, self.dtype)
+        self.given, self.dtype = list(pairs), None
+        self.use_precision(pick_precision(model.embed.weight.device))
         params = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = OptimizerGroup(AdamW(params, config.lr))
         self.batches = PairBatches(self.pairs.encoded.groups, 2 * config.batch_size, seed)
         self.budget, self.history = Budget(config.steps, config.minutes), []
+
+# %% ../../nbs/77a_align.pair_tuner.ipynb #e21b03d7
+@patch
+def use_precision(
+    self: PreferenceTuner,
+    dtype: torch.dtype, # Of all matrix products
+) -> None:
+    "Let the reference score all pairs in `dtype`, unless it has; chosen once, kept on resume."
+    if dtype != self.dtype:
+        self.dtype = dtype
+        self.pairs = _PairScorer(self.reference, self.tokenizer, self.given, dtype)
+        self.looks = self.valid and _PairScorer(self.reference, self.tokenizer, self.valid, dtype)
 
 # %% ../../nbs/77a_align.pair_tuner.ipynb #4c659b86
 def _leads(
@@ -202,7 +212,8 @@ def state(
 ) -> tuple[dict, dict]:    # Tensors and facts
     "All it takes to go on."
     groups = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-    facts = {"step": self.step, "seconds": self.seconds, "history": self.history}
+    facts = {"step": self.step, "seconds": self.seconds, "history": self.history,
+             "dtype": str(self.dtype).removeprefix("torch.")}
     return group_tensors(groups), facts
 
 # %% ../../nbs/77a_align.pair_tuner.ipynb #b2bfc1c2
@@ -216,6 +227,7 @@ def load_state(
     load_weights(self.model, tensors_of_group(tensors, "model"))
     self.optimizer.load_state_dict(tensors_of_group(tensors, "optimizer"))
     self.step, self.seconds, self.history = facts["step"], facts["seconds"], facts["history"]
+    self.use_precision(PRECISIONS[facts["dtype"]])
     epoch, number = divmod(self.step, len(self.batches.plan))
     n = len(self.pairs.encoded.groups)
     self.batches.load_state_dict({"epoch": epoch, "number": number, "n": n})

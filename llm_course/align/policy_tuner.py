@@ -20,7 +20,7 @@ from llm_course.align.rl import (
 from ..core import patch
 from ..model.gpt import GPT
 from ..train.checkpoint import group_tensors, load_weights, tensors_of_group
-from ..train.precision import pick_precision
+from ..train.precision import PRECISIONS, pick_precision
 from ..train.optim import SCHEDULES, AdamW, clip_grad_norm
 from ..train.recipes import OptimizerGroup
 from ..train.runner import Budget, Job, run_job
@@ -288,7 +288,8 @@ def state(
     parts = {"model": self.model, "head": self.head, "optimizer": self.optimizer}
     groups = {name: part.state_dict() for name, part in parts.items()}
     facts = {"step": self.step, "seconds": self.seconds, "coefficient": self.leash.coefficient,
-             "history": self.history, "unit": self.unit}
+             "history": self.history, "unit": self.unit,
+             "dtype": str(self.dtype).removeprefix("torch.")}
     return group_tensors({**groups, "random": random}), facts
 
 # %% ../../nbs/75a_align.policy_tuner.ipynb #3e3ee0e5
@@ -305,6 +306,7 @@ def load_state(
     self.generator.set_state(tensors["random.answers"])
     self.order.set_state(tensors["random.prompts"])
     self.step, self.seconds, self.history = facts["step"], facts["seconds"], facts["history"]
+    self.dtype = PRECISIONS[facts["dtype"]]
     self.leash.coefficient, self.unit = facts["coefficient"], facts["unit"]
 
 # %% ../../nbs/75a_align.policy_tuner.ipynb #b20c81cd

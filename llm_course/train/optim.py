@@ -11,6 +11,7 @@ import math
 from typing import Callable, Iterable
 import torch
 from torch import Tensor, nn
+from .precision import pick_precision
 
 # %% ../../nbs/40_train.optim.ipynb #c363c762
 from ..core import cut_like, patch, whole_tensor
@@ -124,11 +125,12 @@ class AdamW(Optimizer):
 def newton_schulz(
     x: Tensor,       # One matrix or a stack of them, (..., M, N)
     rounds: int = 5, # How often the polynomial is applied
+    dtype: torch.dtype | None = None, # Of the products; by default what is fast here
 ) -> Tensor:         # Same directions, singular values near 1, (..., M, N)
-    "Bring all singular values near 1, in bfloat16 (Jordan et al., 2024, Muon)."
+    "Bring all singular values near 1 (Jordan et al., 2024, Muon)."
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).bfloat16()
+    y = (x.mT if tall else x).to(dtype or pick_precision(x.device))
     stack = y.reshape(-1, *y.shape[-2:])
     stack = stack / stack.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(rounds):
@@ -156,7 +158,7 @@ class Muon(Optimizer):
         super().__init__(params, lr, weight_decay, ("m",))
         if bad := [tuple(p.shape) for p in self.params if p.ndim != 2]:
             raise ValueError(f"Muon takes matrices only, got the shape {bad[0]}; use AdamW for it")
-        self.momentum = momentum
+        self.momentum, self.dtype = momentum, None  # of its products: what is fast
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> None:
@@ -171,8 +173,8 @@ class Muon(Optimizer):
         for (rows, columns), pairs in shapes.items():
             lr, n = self.lr * scale * math.sqrt(max(1, rows / columns)), rows * columns
             for some in _groups(pairs, max(1, 2**26 // n)):
-                updates = [whole_tensor(p.grad.lerp(m, self.momentum)).bfloat16() for p, m in some]
-                for (p, _), u in zip(some, newton_schulz(torch.stack(updates))):
+                updates = [whole_tensor(p.grad.lerp(m, self.momentum)) for p, m in some]
+                for (p, _), u in zip(some, newton_schulz(torch.stack(updates), dtype=self.dtype)):
                     p.mul_(keep).sub_(cut_like(u.to(p.dtype), p), alpha=lr)
 
 # %% ../../nbs/40_train.optim.ipynb #16a8d258

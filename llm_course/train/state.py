@@ -20,7 +20,8 @@ from .checkpoint import (
     restore_random_states, tensors_of_group)
 from ..core import whole_tensor
 from .recipes import OptimizerGroup
-from .precision import PRECISIONS, LossScale, common_precision
+from .precision import PRECISIONS, LossScale
+from .ranks import common_precision
 from .ranks import rank, sum_over_ranks, world_size
 from .runner import Budget, Job
 
