@@ -188,7 +188,7 @@ def main() -> None:
         save_assistant(village, chosen.save)
         return
     for name in names:
-        start = time.time()
+        start = time.monotonic()
         found = PARTS[name](village)
         file = chosen.file  # read again: somebody else may have measured another part meanwhile
         tables = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -201,7 +201,7 @@ def main() -> None:
         }
         with atomic_write(file, "w") as f:
             json.dump(tables, f)
-        print(f"{name}: {time.time() - start:.0f} s", flush=True)
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     proxy = village.reward("ship")
     start, closed = village.look(village.model, proxy)["true"], []
     if names:

@@ -222,7 +222,7 @@ def main() -> None:
     if unknown := set(names) - set(PARTS):
         parser.error(f"there is no part {unknown}; choose from {list(PARTS)}")
     for name in names:
-        start = time.time()
+        start = time.monotonic()
         tables[name] = PARTS[name]()
         tables["made"] = {
             "command": "python experiments/tune.py --measure",
@@ -232,7 +232,7 @@ def main() -> None:
         }
         with atomic_write(file, "w") as f:
             json.dump(tables, f)
-        print(f"{name}: {time.time() - start:.0f} s", flush=True)
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     worst = round(check(tables), 4)
     print(json.dumps({"name": "tune", "value": worst, "unit": "nats per token", "bar": 0.05}))
 

@@ -197,6 +197,15 @@ def _try_lock(file) -> bool:
     except OSError:
         return False
 
+# %% ../nbs/00a_core.ipynb #7fdc542e
+def _open_lock(path: Path):
+    "Open a lock without following a link and without changing it. `ValueError` for a link."
+    if path.is_symlink() or path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a link or no file: nothing is written there. Remove it")
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    return open(path, "r+", encoding="utf-8", errors="replace",
+                opener=lambda name, _: os.open(name, flags, 0o666))
+
 # %% ../nbs/00a_core.ipynb #5678fd56
 @contextmanager
 def folder_lock(
@@ -204,11 +213,14 @@ def folder_lock(
 ) -> Iterator[None]:    # Nothing
     "Work in a folder alone. Raises `BlockingIOError` that names the process that is already there."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / "lock", "a+", encoding="utf-8") as file:
+    with _open_lock(Path(folder) / "lock") as file:
+        said = file.read(200)
         if not _try_lock(file):
-            file.seek(0)
-            raise BlockingIOError(f"another process works on {folder}: {file.read() or 'unknown'}")
-        file.truncate(0)
+            raise BlockingIOError(f"another process works on {folder}: {said or 'unknown'}")
+        if said and not said.startswith("process "):
+            raise ValueError(f"{file.name} is not the course's: choose another folder")
+        file.seek(0)
+        file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
@@ -291,7 +303,7 @@ class LiveCurve:
     ) -> None:
         "Add a point; redraws when the last drawing is old enough."
         self.points.setdefault(name, []).append((step, loss))
-        if time.time() - self._drawn >= self.seconds:
+        if time.monotonic() - self._drawn >= self.seconds:
             self.draw()
 
 # %% ../nbs/00a_core.ipynb #71da3357
@@ -300,7 +312,7 @@ def draw(
     self: LiveCurve,
 ) -> None:
     "Draw the curves now, in the same place as before; outside a notebook, draw nothing."
-    self._drawn = time.time()
+    self._drawn = time.monotonic()
     try:
         get_ipython()
     except NameError:

@@ -159,8 +159,8 @@ def test_a_killed_alignment_goes_on(rhymes, tmp_path):
                "--preferences", str(folder / "wishes.jsonl"), "--out", str(new)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    begin = time.time()
-    while not (new / "sft.safetensors").exists() and process.poll() is None and time.time() - begin < 120:
+    begin = time.monotonic()
+    while not (new / "sft.safetensors").exists() and process.poll() is None and time.monotonic() - begin < 120:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

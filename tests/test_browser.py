@@ -96,17 +96,17 @@ def lab(tmp_path):
             command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
         )
     try:
-        end = time.time() + 90
+        end = time.monotonic() + 90
         while not answers(f"http://127.0.0.1:{port}/api?token={TOKEN}"):
-            assert server.poll() is None and time.time() < end, log.read_text(encoding="utf-8")
+            assert server.poll() is None and time.monotonic() < end, log.read_text(encoding="utf-8")
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
-        end = time.time() + 30
-        while answers(f"http://127.0.0.1:{port}/api?token={TOKEN}") and time.time() < end:
+        end = time.monotonic() + 30
+        while answers(f"http://127.0.0.1:{port}/api?token={TOKEN}") and time.monotonic() < end:
             time.sleep(0.5)  # make is gone at once, the server a little later
 
 

@@ -270,9 +270,9 @@ def take(
     "Take a stage unless it is recorded; record it."
     if name in self.facts:
         return
-    start = time.time()
+    start = time.monotonic()
     facts = make(self) if name in _TOGETHER else first_process_does(lambda: make(self))
-    self.facts[name] = {"seconds": round(time.time() - start, 2), **facts}
+    self.facts[name] = {"seconds": round(time.monotonic() - start, 2), **facts}
     if rank() == 0:
         write_json(self.folder / "stages.json", self.facts)
 

@@ -32,7 +32,7 @@ class Reporter:
         self,
         seconds: float = 10.0, # Shortest time between two lines of progress
     ):
-        self.seconds, self.last, self.file = seconds, time.time(), sys.stdout
+        self.seconds, self.last, self.file = seconds, time.monotonic(), sys.stdout
 
     def say(self, text: str) -> None:
         "A line that matters."
@@ -40,8 +40,8 @@ class Reporter:
 
     def progress(self, done: float, total: float, text: str) -> None:
         "A line about how far a long stage is; most of them are not printed."
-        if time.time() - self.last >= self.seconds:
-            self.last = time.time()
+        if time.monotonic() - self.last >= self.seconds:
+            self.last = time.monotonic()
             self.say(f"  {done / total:4.0%}  {text}")
 
     def close(self) -> None:
