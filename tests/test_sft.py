@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 
 from llm_course.align.answers import draw_answers
 from llm_course.align.chat import (
-    CHAT_TOKENS, add_chat_tokens, load_assistant, read_chats, read_pairs, recent_messages, render,
-    render_text)
+    CHAT_TOKENS, add_chat_tokens, load_assistant, read_chats, recent_messages, render, render_text)
+from llm_course.align.pairs import read_pairs
 from llm_course.align.lora import LoRA, add_lora, merge_lora
 from llm_course.align.sft import ChatBatches, PackedGPT, render_story, train_sft
 from llm_course.core import asset

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'CHAT_TOKENS', 'check_messages', 'add_chat_tokens', 'Rendered', 'render', 'render_text', 'render_answer',
-           'color_tokens', 'show_chat', 'recent_messages', 'fit_chat', 'Examples', 'read_chats', 'read_pairs',
-           'load_assistant']
+           'color_tokens', 'show_chat', 'recent_messages', 'fit_chat', 'Examples', 'read_chats', 'load_assistant']
 
 # %% ../../nbs/71a_align.chat.ipynb #eb00e81f
 import copy, html
@@ -22,7 +21,6 @@ from ..model.gpt import GPT
 from ..tokens.exchange import load_tokenizer
 from ..tokens.show import Page
 from ..tokens.text import END_OF_TEXT, Tokenizer
-from ..world.talk import AnswerPair
 from ..world.writers import say
 
 # %% ../../nbs/71a_align.chat.ipynb #803ee99a
@@ -247,57 +245,6 @@ def read_chats(
         notes += [f"{where}: {what}"] if what else []
         chats += [] if what.endswith("left out") else [messages]
     return Examples(chats, notes)
-
-# %% ../../nbs/71a_align.chat.ipynb #897de7cd
-def _read_answer(
-    where: str,  # For errors: "file, line n"
-    found: dict, # What stands in the line
-    key: str,    # Where in it: a text, or a conversation that ends with the answer
-) -> tuple[list[dict], str]: # What comes before it, if it is written out, and the answer
-    "An answer from a line of a file. Raises `ValueError` that says where."
-    if isinstance(found.get(key), str):
-        return [], found[key]
-    messages = _read_messages(where, found, key)
-    if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: {key!r} does not end with what the assistant says")
-    return messages[:-1], messages[-1]["content"]
-
-# %% ../../nbs/71a_align.chat.ipynb #98119d93
-def _find_trouble(
-    pair: AnswerPair,                         # As it was read
-    tokenizer: Tokenizer | None = None, # Needed to measure lengths
-    longest: int | None = None,         # The context length
-) -> str:                               # Empty if there is none
-    "Why a pair teaches nothing."
-    answers = [pair.chosen.strip(), pair.rejected.strip()]
-    if not all(answers):
-        return "an empty answer, left out"
-    if answers[0] == answers[1]:
-        return "chosen and rejected are the same, left out"
-    whole = [[*pair.messages, {"role": "assistant", "content": text}] for text in answers]
-    if longest and any(len(render(tokenizer, m).tokens) - 1 > longest for m in whole):
-        return "too long, left out"
-    return ""
-
-# %% ../../nbs/71a_align.chat.ipynb #94e0e463
-def read_pairs(
-    path: str | Path,                   # Lines {"prompt": ..., "chosen": ..., "rejected": ...}
-    tokenizer: Tokenizer | None = None, # Knows `CHAT_TOKENS`; needed to measure lengths
-    longest: int | None = None,         # The context length; by default nothing is too long
-) -> Examples:                          # Of `AnswerPair`, and what was left out
-    "Read preferences. Raises `ValueError` that names file and line."
-    pairs, notes = [], []
-    for where, found in read_json_lines(path):
-        (before, chosen), (other, rejected) = (
-            _read_answer(where, found, key) for key in ("chosen", "rejected"))
-        messages = _read_messages(where, found, "prompt") if "prompt" in found else before
-        if not messages or "prompt" not in found and before != other:
-            raise ValueError(f"{where}: 'chosen' and 'rejected' answer no common conversation")
-        pair = AnswerPair(messages, chosen, rejected)
-        what = _find_trouble(pair, tokenizer, longest)
-        notes += [f"{where}: {what}"] if what else []
-        pairs += [] if what else [pair]
-    return Examples(pairs, notes)
 
 # %% ../../nbs/71a_align.chat.ipynb #0aa90bbf
 def load_assistant(

@@ -16,7 +16,8 @@ from typing import Callable
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #f3f1b21d
 from ..align.answers import draw_answers
-from ..align.chat import add_chat_tokens, fit_chat, read_chats, read_pairs, render
+from ..align.chat import add_chat_tokens, fit_chat, read_chats, render
+from ..align.pairs import read_pairs
 from ..align.pair_tuner import train_dpo
 from ..align.policy_tuner import POLICY_METHODS as BY_REWARD, train_policy
 from ..align.judge import collect_pairs
