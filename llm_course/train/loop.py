@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import keep_random_state, patch
+from ..model.lean import fits_lean, lean_nats
 from .optim import SCHEDULES, clip_grad_norm
 from .recipes import OptimizerGroup, adamw_optimizer, course_optimizer
 from .precision import PRECISIONS, compiled_like, mixed_precision
@@ -78,9 +79,10 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     total, count = 0.0, 0
+    nats = lean_nats if fits_lean(model, dtype) else summed_loss  # the same, with less traffic
     for batch in batches:
         tokens, targets, n = batch_to_device(share_of_batch(batch), device)
-        total += summed_loss(model, tokens, targets, dtype).item()
+        total += nats(model, tokens, targets, dtype).item()
         count += n
     model.train(was_training)
     total, count = sum_over_ranks(total), sum_over_ranks(count)
@@ -168,10 +170,11 @@ def take_step(self: Trainer) -> Tensor: # Mean loss, nats per token; stays on th
     batches = [next(self.batches) for _ in range(self.config.accumulate)]
     n, loss = sum(map(count_targets, batches)), torch.zeros((), device=self.device)
     factor = self.scale.factor * (world_size() if is_wrapped(self.model) else 1)
+    nats = lean_nats if fits_lean(self.model, self.dtype) else summed_loss
     for i, batch in enumerate(batches, 1):
         tokens, targets, _ = batch_to_device(share_of_batch(batch), self.device)
         with hold_back_gradients(self.model, last=i == len(batches)):
-            part = summed_loss(self.model, tokens, targets, self.dtype) / n
+            part = nats(self.model, tokens, targets, self.dtype) / n
             (part * factor).backward()
         loss += part.detach()
     self.finish_step(loss)

@@ -19,10 +19,10 @@ from .checkpoint import (
     BEST_FILE, collect_random_states, group_tensors, load_weights, read_checkpoint,
     restore_random_states, tensors_of_group)
 from ..core import whole_tensor
+from .optim import Muon
 from .recipes import OptimizerGroup
 from .precision import PRECISIONS, LossScale
-from .ranks import common_precision
-from .ranks import rank, sum_over_ranks, world_size
+from .ranks import common_precision, rank, sum_over_ranks, world_size
 from .runner import Budget, Job
 
 # %% ../../nbs/40f_train.state.ipynb #6bc497da
@@ -50,8 +50,8 @@ class TrainingRun(Job):
         self.model, self.batches, self.config, self.optimizer = model, batches, config, optimizer
         self.budget = Budget(config.steps, config.minutes)
         self.device = next(model.parameters()).device
-        self.dtype = PRECISIONS.get(config.precision) or common_precision(self.device)
-        self.scale, self.progress = LossScale(self.dtype), Progress()
+        self.use_precision(PRECISIONS.get(config.precision) or common_precision(self.device))
+        self.progress = Progress()
         self.best_weights = None
         self.recent = []               # losses since the last evaluation
         self.pending = []              # step, loss, gradient length: nobody has looked at them yet
@@ -61,6 +61,18 @@ class TrainingRun(Job):
     stopped = property(lambda self: self.progress.stopped)
     seconds = property(lambda self: self.progress.seconds,
                        lambda self, value: setattr(self.progress, "seconds", value))
+
+# %% ../../nbs/40f_train.state.ipynb #39a5189a
+@patch
+def use_precision(
+    self: TrainingRun,
+    dtype: torch.dtype, # Of all matrix products, the optimiser's too; float16 is not for those
+) -> None:
+    "Compute in `dtype` from now on: chosen at the start of a run, kept when it goes on elsewhere."
+    self.dtype, self.scale = dtype, LossScale(dtype)
+    for one in self.optimizer.optimizers:
+        if isinstance(one, Muon):
+            one.dtype = torch.float32 if dtype == torch.float16 else dtype
 
 # %% ../../nbs/40f_train.state.ipynb #477d3c28
 @patch
@@ -118,8 +130,8 @@ def load_state(
     self.batches.load_state_dict(facts["batches"])
     self.optimizer.load_state_dict(tensors_of_group(tensors, "optimizer"))
     load_weights(self.model, tensors_of_group(tensors, "model"))
-    self.progress, self.dtype = Progress(**facts["progress"]), PRECISIONS[facts["dtype"]]
-    self.scale = LossScale(self.dtype)
+    self.progress = Progress(**facts["progress"])
+    self.use_precision(PRECISIONS[facts["dtype"]])
     self.scale.factor, self.scale.good = facts["scale"]
     self.recent = [loss / world_size() for loss in tensors["losses.recent"].to(self.device)]
     restore_random_states(self.device, tensors_of_group(tensors, "random"), facts["random"])
