@@ -15,7 +15,8 @@ import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_course.tokens.bpe import BPETokenizer, SPLIT_PATTERNS, learn_merges, merge_bytes
+from llm_course.tokens.bpe import BPETokenizer, SPLIT_PATTERNS, merge_bytes
+from llm_course.tokens.learn import learn_merges
 from llm_course.tokens.exchange import load_tokenizer, recover_merges
 from llm_course.tokens.formats import gpt2_letters, read_gpt2_ranks, read_ranks, write_ranks
 from llm_course.tokens.text import (BYTE_IDS, ByteTokenizer, CharTokenizer, WordTokenizer,
