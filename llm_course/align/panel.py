@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from ..core import need
+from ..guard import reads
 from ..world.writers import say
 
 # %% ../../nbs/72b_align.panel.ipynb #6327181d
@@ -63,6 +64,7 @@ def _parse(line: bytes) -> dict | None:
     return record if isinstance(record, dict) else None
 
 # %% ../../nbs/72b_align.panel.ipynb #b6d69d08
+@reads("file of judgements")
 def read_judgements(
     path: str | Path, # A file that `Judge` wrote; it may be missing
 ) -> list[Judgement]: # In order, without those that were taken back

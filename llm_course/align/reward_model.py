@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .answers import answer_mask, pad_rows
 from .chat import render, render_answer
 from ..core import atomic_write, patch
+from ..guard import reads
 from ..model.block import Style
 from ..model.gpt import GPT, GPTConfig
 from ..train.precision import mixed_precision, pick_precision
@@ -132,6 +133,7 @@ def save_reward(
         f.write(save({name: w.contiguous() for name, w in state.items()}, header))
 
 # %% ../../nbs/73a_align.reward_model.ipynb #fba865c9
+@reads("reward model")
 def load_reward(
     path: str | Path,                   # A file that `save_reward` wrote
     device: torch.device | str = "cpu", # Where to put the weights

@@ -10,6 +10,7 @@ import codecs, csv, itertools, json, os, re
 from pathlib import Path
 from typing import Iterator
 from ..core import is_online, need
+from ..guard import reads
 
 # %% ../../nbs/10a_data.files.ipynb #7e8faa51
 _END = "<|endoftext|>"  # A line that reads so parts documents
@@ -65,6 +66,7 @@ def _json_objects(file) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{where}: expected an object in braces, not {line[:40]!r}")
         yield where, found
 
+@reads("file of JSON lines")
 def read_json_lines(
     path: str | Path,        # A file with one JSON object per line
     encoding: str = "utf-8", # Of the file

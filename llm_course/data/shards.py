@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 import numpy as np
 from ..core import atomic_write
+from ..guard import reads
 
 # %% ../../nbs/22b_data.shards.ipynb #5a503bd7
 def join_documents(
@@ -171,6 +172,22 @@ def _open_shard(path: Path, entry: dict, dtype: np.dtype, check: bool) -> np.nda
         raise ValueError(f"{path} is damaged: its checksum differs; write the shards again")
     return tokens
 
+# %% ../../nbs/22b_data.shards.ipynb #4511f3b2
+@reads("header of token shards")
+def _open_folder(path: Path, check: bool) -> tuple[dict, list[np.ndarray]]:
+    "The header and its files. Raises `ValueError` that names the header for one that lies."
+    header = _read_header(path.parent)
+    V, end = header["vocab_size"], header["end_id"]
+    if type(V) is not int or type(end) is not int or not 0 <= end < V <= 1 << 32:
+        raise ValueError(f"{path}: vocab_size is {V!r} and end_id {end!r}")
+    if not header["shards"]:
+        raise ValueError(f"{path} names no files")
+    for entry in header["shards"]:
+        if Path(entry["file"]).name != entry["file"]:
+            raise ValueError(f"{path} names a file elsewhere: {entry['file']!r}")
+    return header, [_open_shard(path.parent / entry["file"], entry, token_dtype(V), check)
+                    for entry in header["shards"]]
+
 # %% ../../nbs/22b_data.shards.ipynb #a4fded09
 class Shards:
     "Tokens of many documents, memory-mapped: opening them is instant and reads nothing."
@@ -183,9 +200,7 @@ class Shards:
     ):
         if arrays is None:
             folder = Path(folder).expanduser()
-            header = _read_header(folder)
-            dtype = token_dtype(header["vocab_size"])
-            arrays = [_open_shard(folder / e["file"], e, dtype, check) for e in header["shards"]]
+            header, arrays = _open_folder(folder / SHARDS_HEADER, check)
         self.folder, self.header, self.arrays = folder, header, arrays
         self.end_id, self.vocab_size = header["end_id"], header["vocab_size"]
         self.n_tokens = sum(len(array) for array in arrays)

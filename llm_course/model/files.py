@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from ..core import atomic_write
+from ..guard import check_kinds, reads
 from .block import Style
 from .embedding import Rope
 from .gpt import GPT, GPTConfig, make_position, plain_model
@@ -49,11 +50,33 @@ def _read_config(
                          f"{_KIND!r}; update llm-course")
     try:
         values = json.loads(header["config"])
-        return GPTConfig(**{**values, "style": Style(**values["style"])})
+        config = GPTConfig(**{**values, "style": Style(**values["style"])})
+        check_kinds(config)
+        check_kinds(config.style)
+        return config
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} has no configuration that can be read ({error})") from None
 
+# %% ../../nbs/33a_model.files.ipynb #62329e96
+_LONGEST = 1 << 28  # numbers in a table of positions, a gigabyte
+
+def _check_demand(
+    config: GPTConfig, # What the header says
+    state: dict,       # What the file holds
+    path: Path,        # Named in errors
+) -> None:
+    "Raise `ValueError` for a header that asks for more than its file can fill."
+    layers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    if config.n_layers != len(layers):
+        raise ValueError(f"{path}: its header asks for {config.n_layers:,} layers, and the "
+                         f"weights do not fit: there are {len(layers)}")
+    table = config.context_length * config.d_model // config.n_heads
+    if table > _LONGEST:
+        raise ValueError(f"{path} asks for {config.context_length:,} positions, which takes "
+                         f"{4 * table / 1e9:,.1f} GB")
+
 # %% ../../nbs/33a_model.files.ipynb #6318d2f5
+@reads("model")
 def load_model(
     path: str | Path,                   # A file that `save_model` wrote
     device: torch.device | str = "cpu", # Where to put the weights
@@ -67,6 +90,7 @@ def load_model(
             state = {name: f.get_tensor(name).to(device, dtype, copy=True) for name in f.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
+    _check_demand(config, state, path)
     if config.style.tied_head:
         state["head.weight"] = state["embed.weight"]
     with torch.device("meta"):

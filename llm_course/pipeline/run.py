@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Callable
 import torch
 from ..core import atomic_write, is_online, folder_lock, patch
+from ..guard import reads, refuse_links
 from ..data.files import read_texts
 from ..train.plan import Machine, Preset, dial_preset, pick_preset
 from ..train.ranks import lost_process, rank
@@ -149,6 +150,7 @@ def usual_folder(
     return Path("runs") / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run")
 
 # %% ../../nbs/95b_pipeline.run.ipynb #af3b5449
+@reads("file of this run")
 def read_json(
     path: Path, # A JSON file
 ) -> dict:      # Its content; empty when there is no such file
@@ -156,9 +158,12 @@ def read_json(
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{path} is damaged; remove {path.parent} and start again") from None
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged; remove {path.parent} and start again")
+    return found
 
 def write_json(
     path: Path,  # A file, made or replaced

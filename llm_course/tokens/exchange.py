@@ -7,11 +7,13 @@ __all__ = ['load_tokenizer', 'recover_merges']
 
 # %% ../../nbs/22a_tokens.exchange.ipynb #0dd3ba03
 from pathlib import Path
+from ..guard import reads
 from .bpe import BPETokenizer, merge_bytes
 from .formats import read_token_file
 from .text import ByteTokenizer, CharTokenizer, Tokenizer, WordTokenizer
 
 # %% ../../nbs/22a_tokens.exchange.ipynb #811c2533
+@reads("tokenizer")
 def load_tokenizer(
     path: str | Path, # Written by `Tokenizer.save`
 ) -> Tokenizer:       # Of the kind that was saved

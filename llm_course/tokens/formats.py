@@ -9,6 +9,7 @@ __all__ = ['write_token_file', 'read_token_file', 'read_ranks', 'write_ranks', '
 import base64, json, re
 from pathlib import Path
 from ..core import atomic_write
+from ..guard import reads
 
 # %% ../../nbs/20a_tokens.formats.ipynb #aff2c098
 _FIRST_LINE = "llm-course tokenizer, format 1"
@@ -39,6 +40,7 @@ def write_token_file(
         file.write("\n".join([_FIRST_LINE, json.dumps(about), *lines, ""]))
 
 # %% ../../nbs/20a_tokens.formats.ipynb #4aa33ec7
+@reads("tokenizer")
 def read_token_file(
     path: str | Path,                # Written by `write_token_file`
 ) -> tuple[dict[bytes, int], dict]:  # Token -> id; and kind, pattern and special_tokens
@@ -61,6 +63,7 @@ def read_token_file(
     return ranks, about
 
 # %% ../../nbs/20a_tokens.formats.ipynb #b7e16984
+@reads("table of ranks")
 def read_ranks(
     path: str | Path,    # A rank file, such as cl100k_base.tiktoken
 ) -> dict[bytes, int]:   # Token -> rank

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from ..core import atomic_write, random_state, set_random_state
+from ..guard import reads
 from ..model.gpt import plain_model
 from ..core import cut_like
 from .ranks import rank, seed_by_rank, world_size
@@ -53,6 +54,7 @@ def write_checkpoint(
                       "the same command again", str(path)) from error
 
 # %% ../../nbs/40b_train.checkpoint.ipynb #0cc5d94a
+@reads("checkpoint")
 def read_checkpoint(
     path: str | Path,   # What `write_checkpoint` wrote
 ) -> tuple[dict, dict]: # Tensors, facts
