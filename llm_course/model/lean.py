@@ -112,8 +112,10 @@ class _TurnedHeads(Function):
         B, H, T, D = grads[0].shape
         out = grads[0].new_empty(B, T, 3, H, D)
         q, k, v = out.permute(2, 0, 3, 1, 4)
-        _turn(grads[0], cos, -sin, q)
-        _turn(grads[1], cos, -sin, k)
+        turned = torch.empty_like(grads[0], memory_format=torch.contiguous_format)
+        for grad, place in zip(grads, (q, k)):
+            _turn(grad, cos, -sin, turned)  # turning into `place` itself is ten times slower
+            place.copy_(turned)
         v.copy_(grads[2])
         return out.view(B, T, 3 * H * D), None, None, None
 
