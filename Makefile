@@ -11,17 +11,20 @@ PYTHON  ?= python3
 LESSONS ?= nbs
 BIN     := .venv/bin
 READY   := .venv/.ready
+# A notebook may import torch before the course: threads that wait spin shortly from the start.
+SPIN    := GOMP_SPINCOUNT=1000 KMP_BLOCKTIME=0
+SPIN    := $(if $(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT)$(KMP_BLOCKTIME),,$(SPIN))
 ROOT    := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lab: $(READY)
-	$(BIN)/jupyter lab --ServerApp.root_dir="$(LESSONS)" --LabApp.default_url=/lab/tree/00_start.ipynb $(ROOT) $(ARGS)
+	$(SPIN) $(BIN)/jupyter lab --ServerApp.root_dir="$(LESSONS)" --LabApp.default_url=/lab/tree/00_start.ipynb $(ROOT) $(ARGS)
 
 # Two lessons, or two files of tests, at a time, each with one thread, use two cores.
 test: $(READY)
 	$(BIN)/pytest tests/test_in_sync.py
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing --n_workers 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_rerun.py -n 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore tests/test_in_sync.py --ignore tests/test_rerun.py -n 2 --dist loadfile
+	$(SPIN) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing --n_workers 2
+	$(SPIN) OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_rerun.py -n 2
+	$(SPIN) OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore tests/test_in_sync.py --ignore tests/test_rerun.py -n 2 --dist loadfile
 
 docs: $(READY)
 	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else \
@@ -29,17 +32,17 @@ docs: $(READY)
 	  echo "The pages are prepared in _proc; install Quarto (https://quarto.org) to make a site of them."; fi
 
 bench: $(READY)
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || [ $$? = 2 ] || exit 1; done
+	for script in benchmarks/*.py; do echo "== $$script"; $(SPIN) $(BIN)/python "$$script" || [ $$? = 2 ] || exit 1; done
 
 outputs: $(READY)
-	$(BIN)/python tests/lessons.py --store
+	$(SPIN) $(BIN)/python tests/lessons.py --store
 
 checkpoint: $(READY)
-	$(BIN)/python benchmarks/world_floor.py --seconds 480 --seeds 1 --stories 100000 \
+	$(SPIN) $(BIN)/python benchmarks/world_floor.py --seconds 480 --seeds 1 --stories 100000 \
 	  --save llm_course/assets
-	$(BIN)/python experiments/sft.py --save llm_course/assets
-	$(BIN)/python experiments/reward.py --save llm_course/assets
-	$(BIN)/python experiments/align.py --save llm_course/assets
+	$(SPIN) $(BIN)/python experiments/sft.py --save llm_course/assets
+	$(SPIN) $(BIN)/python experiments/reward.py --save llm_course/assets
+	$(SPIN) $(BIN)/python experiments/align.py --save llm_course/assets
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py
