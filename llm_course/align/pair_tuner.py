@@ -15,7 +15,7 @@ from typing import Callable, Iterable
 import torch
 from torch import Tensor
 from .answers import (
-    PairBatches, answer_mask, draw_answers, encode_pairs, pair_batch)
+    PairBatches, answer_mask, draw_answers, encode_pairs, pair_batch, prompts_that_fit)
 from .dpo import answer_log_probs, dpo_loss, ipo_loss, orpo_loss, simpo_loss
 from .rlhf import answer_kl
 from ..core import patch
@@ -114,6 +114,8 @@ class PreferenceTuner(Job):
         self.reference = copy.deepcopy(reference or model).eval().requires_grad_(False)
         self.given, self.dtype = list(pairs), None
         self.use_precision(pick_precision(model.embed.weight.device))
+        self.asked = self.valid and prompts_that_fit(
+            tokenizer, [pair.messages for pair in self.valid], model.config.context_length)
         params = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = OptimizerGroup(AdamW(params, config.lr))
         self.batches = PairBatches(self.pairs.encoded.groups, 2 * config.batch_size, seed)
@@ -155,6 +157,10 @@ def take_step(
     self.optimizer.zero_grad()
     loss.backward()
     norm = clip_grad_norm(self.model.parameters(), 1.0)
+    if not math.isfinite(float(norm) + loss.item()):
+        self.optimizer.zero_grad()
+        raise FloatingPointError(f"loss or gradient in step {self.step} is not finite; the weights "
+                                 "were not changed: try half the rate")
     share = self.budget.used(self.step, self.seconds) + 0.5 / (c.steps or 100)
     self.optimizer.step(SCHEDULES["linear"](min(1.0, share), 0.05))
     row = {"step": self.step, "loss": loss.item(), "norm": float(norm)}
@@ -162,8 +168,6 @@ def take_step(
         left_out = {"same": encoded.same, "too_long": encoded.too_long}
         row |= {"pairs": len(encoded.groups), **left_out}
     row |= _leads(told.detach() - reference)
-    if not math.isfinite(row["loss"]):
-        raise FloatingPointError(f"the loss in step {self.step} is not finite: try half the rate")
     self.step += 1
     self.history.append(row)
 
@@ -179,13 +183,12 @@ def look(
     moved = _leads(told - self.looks.reference)
     moved["loss"] = preference_loss(self.config, told, self.looks.reference, lengths).item()
     g = torch.Generator(told.device).manual_seed(self.seed)
-    prompts = [pair.messages for pair in self.valid[:most]]
-    r = draw_answers(self.model, self.tokenizer, prompts, 1, self.config.max_new_tokens,
+    r = draw_answers(self.model, self.tokenizer, self.asked[:most], 1, self.config.max_new_tokens,
                      forget=False, generator=g)
     row = {f"valid_{name}": value for name, value in moved.items()}
     row["kl"] = answer_kl(self.model, self.reference, r).mean().item()
     if self.judge is not None:
-        row["true"] = self.judge(r.messages, r.answers).float().mean().item()
+        row["true"] = self.judge(r.messages, r.answers).float().nanmean().item()
     return row
 
 # %% ../../nbs/77a_align.pair_tuner.ipynb #57dad077
@@ -261,7 +264,7 @@ def train_dpo(
         settings["steps"] = _steps_of(epochs, len(pairs), settings)
     config = PreferenceConfig(method, **settings)
     t = PreferenceTuner(model, tokenizer, pairs, config, reference, valid, judge, seed)
-    return run_job(t, folder, "preference", None, save_every, eval_every, watch).history
+    return run_job(t, folder, "preference", None, save_every, eval_every, watch, True).history
 
 # %% ../../nbs/77a_align.pair_tuner.ipynb #bae5ecd5
 def sample_pairs(

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Callable
 import torch
 from torch import Tensor, nn
-from .answers import Rollout, draw_answers
-from llm_course.align.rl import (
+from .answers import Rollout, draw_answers, prompts_that_fit
+from .rl import (
     PolicyOutputs, average_tokens, gae, group_advantages, grpo_loss, kl_estimates, leave_one_out,
-    ppo_loss)
+    policy_gradient_loss, ppo_loss, token_rewards)
 from ..core import patch
 from ..model.gpt import GPT
 from ..train.checkpoint import group_tensors, load_weights, tensors_of_group
@@ -151,7 +151,9 @@ class PolicyTuner(Job):
         judge: Callable | None = None,  # Another reward that is only written down
         seed: int = 0,          # For prompts and answers
     ):
-        self.model, self.tokenizer, self.prompts = model.eval(), tokenizer, prompts
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.prompts = prompts_that_fit(tokenizer, prompts, model.config.context_length)
+        self.too_long = len(prompts) - len(self.prompts)
         self.reward, self.judge, self.config = reward, judge, config
         self.reference = copy.deepcopy(reference or model).eval().requires_grad_(False)
         self.device = next(model.parameters()).device
@@ -169,6 +171,15 @@ class PolicyTuner(Job):
         self.seed, self.history, self.unit = seed, [], None
 
 # %% ../../nbs/75a_align.policy_tuner.ipynb #527dd874
+def _compare(
+    gain: Callable,   # (rewards, size of the group) -> gains
+    rewards: Tensor,  # Of each answer, (B,)
+    sizes: list[int], # Answers in each group
+) -> Tensor:          # (B,)
+    "What `gain` says within each group; an answer that is alone gains nothing."
+    return torch.cat([gain(part, n) if n > 1 else torch.zeros_like(part)
+                      for part, n in zip(rewards.split(sizes), sizes)])
+
 @patch
 def advantages(
     self: PolicyTuner, # Method and settings
@@ -176,22 +187,35 @@ def advantages(
     old: PolicyOutputs, # Of the policy that drew them, (B, A)
     reference: Tensor, # Log-probabilities under the reference, (B, A)
     mask: Tensor,      # True for tokens of answers, (B, A)
+    sizes: list[int] | None = None, # Answers in each group, where some were left out
 ) -> tuple[Tensor, Tensor | None]: # Advantages (B, A), and what the values should be
     "What each token deserves."
     self.unit = self.unit or [rewards.mean().item(), rewards.std().item() + 1e-4]
-    c, paid = self.config, self.leash.coefficient * kl_estimates(old.log_probs, reference).k1 * mask
+    c, kl = self.config, kl_estimates(old.log_probs, reference).k1
     if c.method == "grpo":
-        return group_advantages(rewards, c.group)[:, None].expand_as(paid), None
-    rewards = (rewards - self.unit[0]) / self.unit[1]
-    if c.method == "reinforce":
-        earned = rewards - paid.sum(dim=1)
-        gain = earned - leave_one_out(earned, c.group)
-        return (gain / (gain.std() + 1e-4))[:, None].expand_as(paid), None
-    last = mask & (mask.cumsum(dim=1) == mask.sum(dim=1, keepdim=True))
-    earned = last * rewards[:, None] - paid
+        gain = _compare(group_advantages, rewards, sizes) if sizes else (
+            group_advantages(rewards, c.group))
+        return gain[:, None].expand_as(kl), None
+    earned = token_rewards((rewards - self.unit[0]) / self.unit[1], kl, mask, self.leash.coefficient)
+    return _PAID[c.method](earned, old, mask, c.group, sizes)
+
+# %% ../../nbs/75a_align.policy_tuner.ipynb #81c8e687
+def _gain_of_answers(earned, old, mask, group, sizes):
+    "REINFORCE: of a whole answer, above the others of its group."
+    whole = earned.sum(dim=1)
+    if sizes and group > 1:
+        gain = _compare(lambda x, n: x - leave_one_out(x, n), whole, sizes)
+    else:
+        gain = whole - leave_one_out(whole, group)
+    return (gain / (gain.std() + 1e-4))[:, None].expand_as(earned), None
+
+def _gain_of_tokens(earned, old, mask, group, sizes):
+    "PPO: of each token, above what the critic expected."
     gain, returns = gae(earned, old.values, mask, lam=0.95)
     seen = gain[mask]
     return (gain - seen.mean()) / (seen.std() + 1e-4), returns
+
+_PAID = {"reinforce": _gain_of_answers, "ppo": _gain_of_tokens}
 
 # %% ../../nbs/75a_align.policy_tuner.ipynb #0a590c8a
 @patch
@@ -207,7 +231,7 @@ def loss(
     "What the method minimises."
     c = self.config
     if c.method == "reinforce":
-        return -average_tokens(gains * new.log_probs, mask, "constant", c.max_new_tokens)
+        return policy_gradient_loss(new.log_probs, gains, mask, "constant", c.max_new_tokens)
     if c.method == "ppo":
         return ppo_loss(new, old, gains, returns, mask, c.clip, entropy_weight=c.entropy).total
     return grpo_loss(new.log_probs, old.log_probs, gains[:, 0], mask, reference,
@@ -215,12 +239,16 @@ def loss(
 
 # %% ../../nbs/75a_align.policy_tuner.ipynb #fc8e7bd5
 def _descend(t: PolicyTuner, loss: Tensor, rate: float) -> float:
-    "One step of the optimiser; the length of the gradient before it was cut."
+    "One step of the optimiser, if the gradient is finite; its length before it was cut."
     t.optimizer.zero_grad()
     loss.backward()
-    norm = clip_grad_norm(t.model.parameters(), 1.0)
+    norm = float(clip_grad_norm(t.model.parameters(), 1.0))
+    if not math.isfinite(norm + loss.item()):
+        t.optimizer.zero_grad()
+        raise FloatingPointError(f"loss or gradient in step {t.step} is not finite; the weights "
+                                 "were not changed: try half the rate")
     t.optimizer.step(rate)
-    return float(norm)
+    return norm
 
 # %% ../../nbs/75a_align.policy_tuner.ipynb #a1fd11b0
 @patch
@@ -228,6 +256,7 @@ def learn(
     self: PolicyTuner, # Its model changes
     rollout: Rollout,  # Answers that the model drew
     rewards: Tensor,   # Theirs, (B,)
+    sizes: list[int] | None = None, # Answers in each group, where some were left out
 ) -> dict:             # What there is to tell
     "Make the steps of one batch."
     c, mask, old = self.config, rollout.mask, None
@@ -239,7 +268,7 @@ def learn(
         new = policy_outputs(self.model, rollout, self.head, self.dtype)
         if old is None:
             old = PolicyOutputs(*(x.detach() for x in new))
-            gains, returns = self.advantages(rewards, old, reference, mask)
+            gains, returns = self.advantages(rewards, old, reference, mask, sizes)
         loss = self.loss(new, old, reference, gains, returns, mask)
         norm = _descend(self, loss, rate)
     kl = kl_estimates(old.log_probs, reference).k1.sum(dim=1).mean().item()
@@ -247,6 +276,28 @@ def learn(
     beyond = ((new.log_probs.detach() - old.log_probs).exp() - 1).abs() > c.clip
     return {"kl": kl, "entropy": average_tokens(old.entropy, mask).item(), "loss": loss.item(),
             "norm": norm, "clipped": average_tokens(beyond.float(), mask).item()}
+
+# %% ../../nbs/75a_align.policy_tuner.ipynb #6da8cca2
+def _trusted(
+    rollout: Rollout, # Answers
+    rewards: Tensor,  # Theirs, (B,); those that are not finite are left out
+    group: int,       # Answers to each prompt
+    step: int,        # For the message
+) -> tuple[Rollout, Tensor, list[int] | None]: # What is left, and how much of each group
+    "Leave out answers without a reward. Raises `FloatingPointError` if they are over half."
+    good = rewards.isfinite()
+    left_out = int((~good).sum())
+    if left_out == 0:
+        return rollout, rewards, None
+    if 2 * left_out > len(good):
+        raise FloatingPointError(f"{left_out} of {len(good)} rewards in step {step} are NaN or "
+                                 "infinite, so nothing was learned from them: look at the reward")
+    kept = Rollout(*(x[good] if isinstance(x, Tensor) else
+                     [one for one, keep in zip(x, good.tolist()) if keep] for x in rollout))
+    return kept, rewards[good], good.view(-1, group).sum(dim=1).tolist()
+
+# %% ../../nbs/75a_align.policy_tuner.ipynb #425139a4
+#| export
 
 # %% ../../nbs/75a_align.policy_tuner.ipynb #3e265bd8
 @patch
@@ -260,14 +311,15 @@ def take_step(
                      c.max_new_tokens, forget=False, generator=self.generator,
                      dtype=None if self.dtype == torch.float32 else self.dtype)
     rewards = self.reward(r.messages, r.answers).to(self.device, torch.float32)
+    all_drawn, (r, rewards, sizes) = r, _trusted(r, rewards, c.group, self.step)
     row = {"step": self.step, "reward": rewards.mean().item(),
            "length": r.mask.sum().item() / len(r.mask),
-           "finished": r.finished.float().mean().item(), "coefficient": self.leash.coefficient}
+           "finished": r.finished.float().mean().item(), "coefficient": self.leash.coefficient,
+           "left_out": len(all_drawn.answers) - len(r.answers)}
+    row |= {} if self.step else {"too_long": self.too_long}
     if self.judge is not None:
-        row["true"] = self.judge(r.messages, r.answers).float().mean().item()
-    row |= self.learn(r, rewards)
-    if not math.isfinite(row["loss"]):
-        raise FloatingPointError(f"the loss in step {self.step} is not finite: try half the rate")
+        row["true"] = self.judge(r.messages, r.answers).float().nanmean().item()
+    row |= self.learn(r, rewards, sizes)
     self.step += 1
     self.history.append(row)
 
@@ -327,4 +379,5 @@ def train_policy(
     "Raise a reward, in place. Ctrl-C saves, then raises `KeyboardInterrupt`."
     config = PolicyConfig(method, **settings)
     t = PolicyTuner(model, tokenizer, prompts, reward, config, reference, judge, seed)
-    return run_job(t, folder, "policy", save_every=save_every, watch=watch).history
+    return run_job(t, folder, "policy", save_every=save_every, watch=watch,
+                   save_on_error=True).history

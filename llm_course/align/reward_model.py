@@ -128,6 +128,11 @@ def save_reward(
     "Write weights and configuration into one safetensors file, whole or not at all."
     state = {name: w.detach().to("cpu", dtype if dtype and w.is_floating_point() else w.dtype)
              for name, w in model.state_dict().items()}
+    with torch.device("meta"):
+        strange = state.keys() ^ RewardModel(GPT(model.config)).state_dict().keys()
+    if strange:
+        raise ValueError(f"layers of this model were replaced ({min(strange)}), so load_reward "
+                         "could not read the file; merge_lora first")
     header = {"kind": _KIND, "config": json.dumps(asdict(model.config))}
     with atomic_write(path) as f:
         f.write(save({name: w.contiguous() for name, w in state.items()}, header))

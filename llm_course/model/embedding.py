@@ -112,24 +112,25 @@ def analogy(
 
 # %% ../../nbs/30_model.embedding.ipynb #ba66ca31
 def position_angles(
-    n_positions: int,      # T
+    at: int | Tensor,      # T, for positions 0 to T - 1, or any positions, (..., T)
     d: int,                # How many numbers are turned in pairs, even
     base: float = 10000.0, # How much slower the last pair turns than the first, nearly
-) -> Tensor:               # Angle of each pair at each position in radians, (T, d / 2)
+) -> Tensor:               # Angle of each pair at each position in radians, (..., T, d / 2), float64
     "How far each pair has turned. Raises `ValueError` for an odd `d`."
     if d % 2:
         raise ValueError(f"{d} numbers can't be turned in pairs; expected an even number")
-    speeds = base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-    return (torch.arange(n_positions, dtype=torch.float64)[:, None] * speeds).float()
+    at = torch.arange(at) if isinstance(at, int) else at
+    speeds = base ** (-torch.arange(0, d, 2, dtype=torch.float64, device=at.device) / d)
+    return at.double()[..., None] * speeds  # float32 is off by 0.004 at position 131,071
 
 def sinusoidal(
-    n_positions: int,      # T
+    at: int | Tensor,      # See `position_angles`
     d_model: int,          # C, even
     base: float = 10000.0, # See `position_angles`
-) -> Tensor:               # (T, C): sines, then cosines
+) -> Tensor:               # (..., T, C): sines, then cosines
     "Fixed position vectors, to be added to the embeddings (arXiv:1706.03762)."
-    angles = position_angles(n_positions, d_model, base)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    angles = position_angles(at, d_model, base)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 # %% ../../nbs/30_model.embedding.ipynb #4f8f40af
 def rotate_pairs(
@@ -140,6 +141,11 @@ def rotate_pairs(
     "Turn each pair (x[i], x[i + D/2]) by its angle."
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
+def _turns(at: int | Tensor, d: int, base: float) -> tuple[Tensor, Tensor]:
+    "Cosines and sines as `rotate_pairs` wants them, (..., T, D) each."
+    sin, cos = sinusoidal(at, d, base).chunk(2, dim=-1)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
 class Rope(nn.Module):
     "Tables for rotary positions in the half layout (arXiv:2104.09864)."
     def __init__(
@@ -149,13 +155,14 @@ class Rope(nn.Module):
         base: float = 10000.0, # See `position_angles`
     ):
         super().__init__()
-        sin, cos = sinusoidal(n_positions, d_head, base).chunk(2, dim=1)
-        self.register_buffer("cos", torch.cat([cos, cos], dim=1), persistent=False)
-        self.register_buffer("sin", torch.cat([-sin, sin], dim=1), persistent=False)
+        self.settings, (cos, sin) = (d_head, base), _turns(n_positions, d_head, base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, n_positions: int, offset: int = 0) -> Callable:
-        "A function that turns (B, H, T, D) whose first position in the text is `offset`."
+    def forward(self, n_positions: int = 0, offset: int = 0, at: Tensor | None = None) -> Callable:
+        "Turns (B, H, T, D) from position `offset` on, or `at` any positions, (T,) or (B, 1, T)."
         cos, sin = self.cos[offset:offset + n_positions], self.sin[offset:offset + n_positions]
+        cos, sin = (cos, sin) if at is None else _turns(at, *self.settings)
         return lambda x: rotate_pairs(x, cos.to(x.dtype), sin.to(x.dtype))
 
 # %% ../../nbs/30_model.embedding.ipynb #d785a815
