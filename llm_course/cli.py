@@ -6,11 +6,12 @@
 __all__ = ['app', 'parameter_notes', 'command', 'with_options']
 
 # %% ../nbs/98b_cli.ipynb #aaf05a8f
-import functools, inspect, json, re, sys
+import atexit, functools, inspect, json, os, re, signal, sys
 from pathlib import Path
 from typing import Annotated, Callable
 import typer
 import llm_course
+from .guard import shell_line, visible_text
 from .terminal import is_first_process, plain_errors, run_with_progress
 
 # %% ../nbs/98b_cli.ipynb #8f2b5b2b
@@ -81,6 +82,10 @@ def _main(
     version: Annotated[bool, _VERSION] = False, # Print the version and stop?
 ) -> None:
     "Learn how large language models are built, by building one."
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # its last moments are quiet
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed before we began
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # no letter may stop a command
@@ -191,8 +196,8 @@ def _train(
     run_with_progress(lambda reporter: pretrain(folder, settings, reporter, how, tell), folder,
                       "train")
     if is_first_process():
-        typer.echo(f"Talk to it:  llm-course chat {folder}\n"
-                   f"Report card: llm-course build --out {folder}")
+        typer.echo(f"Talk to it:  {shell_line('llm-course', 'chat', folder)}\n"
+                   f"Report card: {shell_line('llm-course', 'build', '--out', folder)}")
 
 # %% ../nbs/98b_cli.ipynb #f7e373dd
 def _teaching_options(
@@ -226,7 +231,8 @@ def _build(
     settings = Settings(**text, **teaching, size=depth, budget=budget, seed=seed)
     run_with_progress(lambda reporter: build_run(folder, settings, reporter, Machine(device)),
                       folder, "build")
-    typer.echo(f"Report card: {folder / 'report.html'}\nTalk to it:  llm-course chat {folder}")
+    typer.echo(f"Report card: {visible_text(str(folder / 'report.html'))}\n"
+               f"Talk to it:  {shell_line('llm-course', 'chat', folder)}")
 
 # %% ../nbs/98b_cli.ipynb #267dfb29
 @command
@@ -245,7 +251,7 @@ def _align(
     folder = out or aligned_folder(given)
     run_with_progress(lambda reporter: align_run(run, folder, given, reporter, Machine(device)),
                       folder, "align")
-    typer.echo(f"Talk to it:  llm-course chat {folder}")
+    typer.echo(f"Talk to it:  {shell_line('llm-course', 'chat', folder)}")
 
 # %% ../nbs/98b_cli.ipynb #25ffd06f
 @command

@@ -6,11 +6,12 @@
 __all__ = ['Conversation', 'Continuation', 'chat_in_terminal']
 
 # %% ../nbs/97c_conversation.ipynb #98547e8c
-import json, sys
+import json, math, sys
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 from .align.answers import stream_answer
 from .core import atomic_write, patch
+from .guard import visible_text
 from .handout import free_name_beside
 from .pipeline.build import load_run
 from .terminal import error_line
@@ -58,6 +59,18 @@ def _remember(
         answer["content"] += piece
         yield piece
 
+_LONG = 32  # characters of a token, at most, when one counts what a context may hold
+
+def _ending(texts: list[str], longest: int) -> str:
+    "The last `longest` characters of some texts, as one; no work is done for the others."
+    tail, size = [], 0
+    for text in reversed(texts):
+        if size >= longest:
+            break
+        tail.append(text)
+        size += len(text)
+    return "".join(reversed(tail))[-longest:]
+
 class Continuation(Conversation):
     "The same with a base model: all messages are one text, which it continues."
     after = ""
@@ -66,8 +79,9 @@ class Continuation(Conversation):
         "Add a line and continue the text, piece by piece."
         line = "\n" + line if self.messages and line else line
         self.messages.append({"role": "user", "content": line})
-        text = "".join(message["content"] for message in self.messages)
-        seed = None if self.seed is None else self.seed + len(text)
+        said, seed = [message["content"] for message in self.messages], self.seed
+        seed = None if seed is None else seed + sum(map(len, said))
+        text = _ending(said, _LONG * self.loaded.model.config.context_length)
         yield from self._remember(
             self.loaded.continue_text(text, self.tokens, self.temperature, seed))
         if self.loaded.documents:
@@ -84,17 +98,20 @@ _COMMANDS = {"/temperature": "/temperature 0.8   how daring it writes; 0 is gree
 @patch
 def save(
     self: Conversation,
-    path: Path, # Where to
-) -> str:       # What to tell the person
+    name: str | Path, # Where to
+) -> str:             # What to tell the person
     "Keep what was said in a new file, under another name if there is one already."
     if not self.messages:
         return "Nothing was said yet."
     content = (json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n").encode()
-    path = free_name_beside(path, content) if path.exists() else path
     try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return f"not saved: {path} is a folder; say a file's name"
+        path = free_name_beside(path, content) if path.exists() or path.is_symlink() else path
         with atomic_write(path) as f:
             f.write(content)
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no disk takes
         return f"not saved: {error_line(error)}"
     return f"saved: {path}"
 
@@ -112,7 +129,7 @@ def obey(
         self.messages = []
         return "Forgotten."
     if name == "/save":
-        return self.save(Path(value or "talk.jsonl").expanduser())
+        return self.save(value or "talk.jsonl")
     kinds = {"/temperature": float, "/tokens": int}
     if name not in kinds:
         return "\n".join(_COMMANDS.values())
@@ -165,6 +182,15 @@ def _typed_lines() -> Iterator[str]: # Until the end of input, or Ctrl-C
             return
 
 # %% ../nbs/97c_conversation.ipynb #f7aba8c5
+def _check_chosen(temperature: float, tokens: int, seed: int | None) -> None:
+    "Raise `ValueError` for a number that no model can write with."
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; expected 0 or more")
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; expected 1 or more")
+    if seed is not None and not 0 <= seed < 2**62:
+        raise ValueError(f"seed is {seed}; expected 0 to {2**62 - 1}")
+
 def chat_in_terminal(
     run: Path | None = None,             # A run's folder; by default the assistant that ships
     stage: str | None = None,            # base, sft or assistant; by default the last there is
@@ -175,11 +201,12 @@ def chat_in_terminal(
     lines: Iterable[str] | None = None,  # What is said; None: what is typed at a prompt
 ) -> None:
     "Talk to a model, or let it answer each line."
+    _check_chosen(temperature, tokens, seed)
     loaded = load_run(run, device, stage)
     kind = Continuation if loaded.stage == "base" else Conversation
     talk, typing = kind(loaded, temperature, tokens, seed), lines is None
     if typing:
         how = "goes on where you stop. Enter alone: go on" if kind is Continuation else "answers"
-        print(f"{loaded.name} {how}. /help, /quit")
+        print(f"{visible_text(loaded.name)} {how}. /help, /quit")
     talk.hold(_typed_lines() if typing else lines,
-              lambda text: (sys.stdout.write(text), sys.stdout.flush()), echo=not typing)
+              lambda text: (sys.stdout.write(visible_text(text)), sys.stdout.flush()), echo=not typing)

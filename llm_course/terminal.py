@@ -6,11 +6,12 @@
 __all__ = ['error_line', 'is_first_process', 'exit_code', 'plain_errors', 'ProgressBar', 'continue_command', 'run_with_progress']
 
 # %% ../nbs/97b_terminal.ipynb #50d7be04
-import functools, os, shlex, signal, subprocess, sys
+import functools, os, signal, sys
 from pathlib import Path
 from typing import Callable
 import typer
 from rich.console import Console
+from .guard import shell_line, visible_text
 
 # %% ../nbs/97b_terminal.ipynb #fa3c7083
 def error_line(
@@ -21,7 +22,7 @@ def error_line(
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    return visible_text(" ".join(text.split()))
 
 def _is_alone() -> bool: # False for a process that torchrun started
     "Is this the only process of its run?"
@@ -57,8 +58,9 @@ def plain_errors(
             code = exit_code(error)
             if code is None:
                 raise
-            if code == 2 and (is_first_process() or isinstance(error, ConnectionError)):
-                typer.echo(f"llm-course: {error_line(error)}", err=True)
+            if code == 2 and not getattr(error, "told", False):  # by the process that raised it
+                who = "" if is_first_process() else f"process {os.environ['RANK']}: "
+                typer.echo(f"llm-course: {who}{error_line(error)}", err=True)
             if code == 141:  # nobody reads any more; Python must not complain at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(code)
@@ -77,14 +79,15 @@ class ProgressBar:
 
     def say(self, text: str) -> None:
         "A line that matters, above the bar."
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(visible_text(text), markup=False, soft_wrap=True)
 
     def progress(self, done: float, total: float, text: str) -> None:
         "Move the bar."
         if self.task is None:
             self.bar.start()
             self.task = self.bar.add_task("", total=total)
-        self.bar.update(self.task, completed=done, total=total, description=text)
+        self.bar.update(self.task, completed=done, total=total,
+                        description=visible_text(text))
 
     def close(self) -> None:
         "Take the bar away."
@@ -99,8 +102,9 @@ def continue_command(
     "The command that continues a run."
     if not _is_alone():
         return "the same torchrun command, with as many processes as you like"
-    quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return quote(["llm-course", name, "--out", str(folder)])
+    if not (folder / "config.json").exists():  # what was asked for is not written down yet
+        return shell_line("llm-course", *sys.argv[1:])
+    return shell_line("llm-course", name, "--out", folder)
 
 def _on_terminate(number, frame):
     "Let a request to terminate end a run as Ctrl-C does: in good order."
@@ -114,10 +118,12 @@ def run_with_progress(
 ) -> None:
     "Train, and say how to go on after an interruption."
     from llm_course.train.watch import Reporter
-    before = signal.signal(signal.SIGTERM, _on_terminate)
+    both = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(signal.SIGTERM, _on_terminate), signal.getsignal(signal.SIGINT)]
     try:
         work(ProgressBar() if sys.stdout.isatty() and is_first_process() else Reporter())
     except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever presses it five times is heard once
         if isinstance(error.__context__, ConnectionError):
             raise error.__context__ from None  # torchrun ends us since another process is gone
         if is_first_process():
@@ -125,4 +131,5 @@ def run_with_progress(
             typer.echo(f"Stopped; nothing is lost. Continue with: {how}", err=True)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(both, before):
+            signal.signal(number, handler)

@@ -173,15 +173,18 @@ def recent_messages(
     longest: int,         # Tokens that it may have
 ) -> list[dict]:          # Its system message, and as many of the last ones as fit
     "Forget the beginning of a long chat. Raises `ValueError` if the last message is too long."
+    check_messages(messages)
     n_system = sum(m["role"] == "system" for m in messages[:1])
     first, rest = messages[:n_system], messages[n_system:]
-    while len(render(tokenizer, first + rest, reply=True).tokens) > longest:
-        if len(rest) < 2:
-            raise ValueError(f"the last message is too long: all has to fit into {longest} tokens")
-        rest = rest[1:]
-        while len(rest) > 1 and rest[0]["role"] != "user":
-            rest = rest[1:]
-    return first + rest
+    room, start = longest - len(render(tokenizer, first, reply=True).tokens), len(rest)
+    while start and room >= 0:  # from the end: what is forgotten is not even looked at
+        room -= len(tokenizer.encode(" " + rest[start - 1]["content"])) + 2
+        start -= room >= 0
+    if start == len(rest) and rest or room < 0 and not rest:
+        raise ValueError(f"the last message is too long: all has to fit into {longest} tokens")
+    while 0 < start < len(rest) - 1 and rest[start]["role"] != "user":
+        start += 1
+    return first + rest[start:]
 
 # %% ../../nbs/71a_align.chat.ipynb #36e74037
 def fit_chat(

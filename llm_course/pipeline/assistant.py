@@ -24,14 +24,16 @@ from ..align.judge import collect_pairs
 from ..align.reward import reward_function, reward_margins, train_reward
 from ..align.reward_model import RewardModel, load_reward, save_reward
 from ..align.sft import ChatBatches, train_sft
-from ..core import asset, atomic_write, patch
+from ..core import asset, atomic_write, folder_lock, patch
 from ..data.batches import held_out, one_pass
+from ..guard import reads
 from ..model.files import load_model, save_model
 from ..model.gpt import GPT
 from .pretrain import (
     BASE_STAGES, decode_documents, make_tokenizer, token_parts)
 from .report import answers_html, grid_html, line_chart, report_phrases
-from .run import Run, Settings, read_json, run_stages, usual_folder, write_json
+from .run import (
+    Run, Settings, full_paths, read_json, run_stages, usual_folder, write_json)
 from ..tokens.exchange import load_tokenizer
 from ..tokens.text import Tokenizer
 from ..train.loop import evaluate
@@ -485,11 +487,13 @@ def adopt_run(
     source: Path | None, # A finished run; None: the model that ships
     folder: Path,        # The new run's; one that is there is left as it is
     keep_sft: bool,      # Keep what fine-tuning gave?
+    asked: dict | None = None, # For `Teaching`: written down before anything is copied
 ) -> None:
     "Begin a run where another ended. Raises `FileNotFoundError` if there is no model yet."
     if (folder / "stages.json").exists():
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    begun = "adopts" in read_json(folder / "config.json")
+    if not begun and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files; choose a new folder with --out")
     old, new = model_files(source), model_files(folder)
     for name in _KEPT[:2]:
@@ -497,13 +501,33 @@ def adopt_run(
             raise FileNotFoundError(f"{source} has no {old[name].name}: is it a finished run?")
     settings, facts = _left_behind(source)
     names = _KEPT if keep_sft and old["sft"].exists() else _KEPT[:2]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        with atomic_write(new[name]) as f:
-            f.write(old[name].read_bytes())
-    write_json(folder / "config.json", {"settings": {**settings, "teaching": {}}})
-    done = [*BASE_STAGES, *names[2:]]
-    write_json(folder / "stages.json", {name: facts[name] for name in done})
+    with folder_lock(folder):
+        write_json(folder / "config.json", {"settings": {**settings, "teaching": asked or {}},
+                                            "adopts": source and str(source.resolve())})
+        for name in names:
+            with atomic_write(new[name]) as f:
+                f.write(old[name].read_bytes())
+        done = [*BASE_STAGES, *names[2:]]
+        write_json(folder / "stages.json", {name: facts[name] for name in done})
+
+# %% ../../nbs/95d_pipeline.assistant.ipynb #c4552c31
+@reads("record of an aligned run")
+def _begun(
+    path: Path,          # config.json of the new run, if it was begun
+    source: Path | None, # The finished run that is named now, if any
+    teaching: Teaching,  # What is asked for now
+) -> tuple[Path | None, Teaching]: # What it was begun from, and all that was asked for
+    "A run that goes on needs no names again. Raises `ValueError` if it was begun from another."
+    written = read_json(path)
+    if "adopts" not in written:
+        return source, teaching
+    before = written["adopts"] and Path(written["adopts"])
+    done = (path.parent / "stages.json").exists()
+    if done and source is not None and source.resolve() != before:
+        raise ValueError(f"{path.parent} was begun from {before or 'the model that ships'}, not "
+                         f"from {source}; choose another folder with --out")
+    now = {k: v for k, v in asdict(teaching).items() if v}
+    return source or before, Teaching(**{**(written["settings"]["teaching"] or {}), **now})
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #8c14d7a3
 def align_run(
@@ -514,7 +538,8 @@ def align_run(
     machine: Machine = Machine(),     # How it is computed
 ) -> dict:                            # The figures of all stages
     "Make an assistant of a finished run, or another one of an assistant."
+    source, teaching = _begun(folder / "config.json", source, teaching)
     teaching.check()
-    adopt_run(source, folder, keep_sft=teaching.chats is None)
-    given = {k: v for k, v in asdict(teaching).items() if v}
-    return run_stages(folder, Settings(teaching=given), assistant_stages, reporter, machine)
+    asked = full_paths({k: v for k, v in asdict(teaching).items() if v})
+    adopt_run(source, folder, keep_sft=teaching.chats is None, asked=asked)
+    return run_stages(folder, Settings(teaching=asked), assistant_stages, reporter, machine)

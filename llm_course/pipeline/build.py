@@ -21,6 +21,7 @@ from ..data.batches import DocumentBatches, one_pass
 from ..data.files import read_texts
 from ..data.shards import memory_shards
 from ..generate.write import sample_batch, generate
+from ..guard import reading, shell_line
 from ..model.files import load_model, save_model
 from ..model.gpt import GPT
 from .assistant import (
@@ -67,9 +68,13 @@ def load_run(
         tokenizer, _ = add_chat_tokens(tokenizer)
     if folder is None:
         return LoadedModel(model, tokenizer, True, "world", "story", stage)
-    facts = read_json(folder / "stages.json")
-    return LoadedModel(model, tokenizer, facts["plan"]["documents"], facts["tokenizer"]["source"],
-                       str(folder), stage)
+    record = folder / "stages.json"
+    if not record.exists():
+        raise FileNotFoundError(f"{folder} has no {record.name}: is it a finished run?")
+    with reading(record, "record of a finished run"):
+        plan, source = read_json(record)["plan"], read_json(record)["tokenizer"]["source"]
+        return LoadedModel(model, tokenizer, bool(plan["documents"]), str(source), str(folder),
+                           stage)
 
 # %% ../../nbs/95e_pipeline.build.ipynb #3023a3f9
 @patch
@@ -303,7 +308,7 @@ def _make_card(
         f"A model of {title}", _lead_sentence(figures, run.facts),
         _figure_cards(figures, run.facts), curves, figures.get("floor"), samples,
         loaded.token_surprises(text), {"Settings": chosen, "Time": took, "Versions": versions()},
-        assistant_sections(run), f"llm-course chat {run.folder}")
+        assistant_sections(run), shell_line("llm-course", "chat", run.folder))
 
 # %% ../../nbs/95e_pipeline.build.ipynb #220e21c6
 def report_stage(

@@ -10,6 +10,7 @@ import importlib, json, os, sys, time
 from pathlib import Path
 from typing import Callable
 from ..core import atomic_write, patch
+from ..guard import visible_text
 from ..model.gpt import GPTConfig
 from .loop import TrainConfig, Trainer, count_targets
 from .ranks import rank, world_size
@@ -36,7 +37,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         "A line that matters."
-        print(text, file=self.file, flush=True)
+        print(visible_text(text), file=self.file, flush=True)
 
     def progress(self, done: float, total: float, text: str) -> None:
         "A line about how far a long stage is; most of them are not printed."
