@@ -9,11 +9,12 @@ __all__ = ['BASE_STAGES', 'split_texts', 'first_texts', 'open_parts', 'token_par
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #1e9ff9cf
 import math, warnings
 from dataclasses import asdict, replace
+from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 from ..data.batches import held_out
-from ..data.files import read_texts
+from ..data.files import find_texts, read_texts
 from ..data.shards import SHARDS_HEADER, Shards, document_boundaries, write_shards
 from .report import short_number
 from .run import Run, Settings, data_fingerprint, run_stages, usual_folder
@@ -26,7 +27,7 @@ from ..train.transfer import round_to_power_of_two
 from ..train.watch import Reporter
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #5634275f
-_FEW = 200  # with fewer documents than this, each is cut
+_FEW = 200  # with fewer documents than this, chance could hold back none, or most
 
 def _cut_tail(
     text: str,              # A document
@@ -41,21 +42,36 @@ def _cut_tail(
     return text[:mark], text[mark:]
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #1dfff3a1
+def _pick_held(
+    texts: list[str],  # Few documents, at least two
+    fraction: float,   # Share of the characters that is wanted
+) -> set[int]:         # Which are held back: at least one, and never all
+    "Choose whole documents in the order of their hashes, as long as they fit."
+    key = lambda i: (sha256(texts[i].encode("utf-8", "surrogatepass")).digest(), i)
+    room, held = fraction * sum(map(len, texts)), set()
+    for i in sorted(range(len(texts)), key=key):
+        if len(texts[i]) <= 1.2 * room:
+            held.add(i)
+            room -= len(texts[i])
+    return held or {min(range(len(texts)), key=lambda i: (len(texts[i]), key(i)))}
+
 def split_texts(
     texts: Iterable[str],   # Documents
     fraction: float = 0.1,  # Share that is held back
 ) -> Iterator[tuple[str, bool]]: # Text, and whether it is held back
-    "Part documents into those to train on and those to judge by."
+    "Part documents into those to train on and those to judge by; only a single one is cut."
     texts = iter(texts)
     first = list(islice(texts, _FEW))
-    share = sum(held_out(text, fraction) for text in first)
-    if len(first) == _FEW and 0 < share < _FEW:  # not so if all texts are the same
+    if len(first) == 1:
+        yield from zip(_cut_tail(first[0], fraction), (False, True))
+    elif len(first) < _FEW:
+        held = _pick_held(first, fraction)
+        yield from ((text, i in held) for i, text in enumerate(first))
+    elif 0 < sum(held_out(text, fraction) for text in first) < _FEW:
         yield from ((text, held_out(text, fraction)) for text in chain(first, texts))
-        return
-    for text in chain(first, texts):
-        head, tail = _cut_tail(text, fraction)
-        yield head, False
-        yield tail, True
+    else:  # all are the same
+        every = round(1 / fraction)
+        yield from ((text, i % every == 0) for i, text in enumerate(chain(first, texts)))
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #4e5b9514
 _KEEP_BYTES = 64_000_000  # of text in memory, and for the tokenizer to learn from
@@ -168,6 +184,16 @@ def _found_tokenizer(
             "vocab_size": vocab_size}
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #12643d1d
+def _say_sources(run: Run, learned: int, held: int) -> None:
+    "Say what of a folder is read, what is left out, and what few documents mean."
+    if Path(run.source).is_dir():
+        run.reporter.say(f"data        {find_texts(run.source)}")
+    if learned == held == 1:
+        run.reporter.say("data        one document: its last tenth is held back to judge by")
+    elif learned + held < 20:
+        run.reporter.say(f"data        {learned + held} documents are few to judge by: {held} held "
+                         "back whole, so the figures will be rough")
+
 def make_tokenizer(
     run: Run,               # The run
     more: Iterable[str] = (), # Other texts that the tokenizer should know
@@ -178,6 +204,7 @@ def make_tokenizer(
     pairs, _ = first_texts(_run_texts(run))
     texts, held = [t for t, h in pairs if not h], [t for t, h in pairs if h]
     n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    _say_sources(run, len(texts), len(held))
     tokenizer = _learn_tokenizer(texts + [*more], held, run.settings, n_bytes)
     tokenizer.save(run.folder / "tokenizer.bpe")
     run.reporter.say(
