@@ -14,13 +14,15 @@ from ..core import need, patch
 from .count import SAFE_CUTS
 from .formats import read_ranks
 from .learn import count_corpus, learn_merges
-from .text import BYTE_IDS, END_OF_TEXT, Tokenizer, freeze_unicode, mend_text
+from .text import (BYTE_IDS, END_OF_TEXT, TRUSTED_PATTERNS, Tokenizer,
+                                    freeze_unicode, mend_text)
 
 # %% ../../nbs/22_tokens.bpe.ipynb #f3774961
 SPLIT_PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
             r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"}
+TRUSTED_PATTERNS.update(SPLIT_PATTERNS.values())
 
 def find_pattern(
     pattern: str, # A name from `SPLIT_PATTERNS` or a regular expression
@@ -82,11 +84,11 @@ class BPETokenizer(Tokenizer):
         return merge_bytes(piece.encode(), self.ranks)
 
     def _ids(self, text, names):
-        if len(text) >= self.fast_from and (fast := self._fast_encoding(text)):
-            if not names:
-                return fast.encode_ordinary(text)
-            return fast.encode(text, allowed_special=names, disallowed_special=())
-        return super()._ids(text, names)
+        ids = None
+        if len(text) >= self.fast_from:
+            ids = self._try_fast(text, lambda fast: fast.encode(
+                text, allowed_special=names, disallowed_special=()))
+        return super()._ids(text, names) if ids is None else ids
 
 # %% ../../nbs/22_tokens.bpe.ipynb #280f4663
 @patch
@@ -110,6 +112,18 @@ def _fast_encoding(self: BPETokenizer, text: str):
         return None
     return self._fast
 
+@patch
+def _try_fast(self: BPETokenizer, text: str, work):
+    "What tiktoken makes of a text; None if it can't: a million blanks in a row are too many."
+    steps = range(0, len(text) - 50_000, 50_000)
+    blanks = any(text[i].isspace() and text[i:i + 50_000].isspace() for i in steps)
+    try:
+        return None if blanks or not (fast := self._fast_encoding(text)) else work(fast)
+    except BaseException as error:  # a panic of Rust is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        return None
+
 # %% ../../nbs/22_tokens.bpe.ipynb #6e9142e5
 @patch
 def encode_batch(
@@ -117,11 +131,11 @@ def encode_batch(
     texts: Iterable[str], # Many texts; special tokens in them are ordinary text
 ) -> list[list[int]]:     # The ids of each
     "Encode many texts, on all cores if there is a lot to do."
-    texts = [mend_text(text) for text in texts]
+    texts, rows = [mend_text(text) for text in texts], None
     if sum(map(len, texts)) >= self.fast_from:
-        if fast := self._fast_encoding("".join(texts)):
-            return fast.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-    return [self.encode(text) for text in texts]
+        rows = self._try_fast("".join(texts), lambda fast: fast.encode_ordinary_batch(
+            texts, num_threads=os.cpu_count()))
+    return [self.encode(text) for text in texts] if rows is None else rows
 
 # %% ../../nbs/22_tokens.bpe.ipynb #8509ae53
 @patch
@@ -159,6 +173,7 @@ def from_tiktoken(
 ) -> BPETokenizer:              # Gives tiktoken's ids
     "Make our tokenizer from tiktoken's."
     if hasattr(ranks, "_mergeable_ranks"):
-        pattern, special_tokens = ranks._pat_str, ranks._special_tokens
-        ranks = ranks._mergeable_ranks
+        shown = lambda item: ranks.decode_single_token_bytes(item[1]) == item[0].encode()
+        special_tokens = dict(sorted(ranks._special_tokens.items(), key=shown))  # the last counts
+        pattern, ranks = ranks._pat_str, ranks._mergeable_ranks
     return cls(ranks if isinstance(ranks, dict) else read_ranks(ranks), special_tokens, pattern)

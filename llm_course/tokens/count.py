@@ -72,7 +72,11 @@ class PieceCounter:
 # %% ../../nbs/20b_tokens.count.ipynb #8104a8e1
 def _settle(self: PieceCounter, unit: bytes, n: int) -> None:
     text = unit.decode()
-    pieces = self.splitter.findall(text)
+    seconds = None if self.cuts else 1 + len(text) / 5000
+    try:
+        pieces = self.splitter.findall(text, timeout=seconds)
+    except TimeoutError:  # a pattern that finds no end
+        pieces = []
     if sum(map(len, pieces)) < len(text) or (len(text) < len(unit) and self.young.search(text)):
         self.odd[unit] += n
     elif n == 1 and len(pieces) > 20:

@@ -18,10 +18,13 @@ from .text import BYTE_IDS, YOUNG_LETTERS, count_words, mend_text, split_special
 # %% ../../nbs/21b_tokens.learn.ipynb #1cb497e2
 def _cut_long(part: str, cuts: int, size: int) -> Iterator[bytes]:
     "A text in UTF-8, in portions of about `size` if it can be cut."
+    if not cuts or len(part) <= size:
+        yield part.encode()
+        return
     rest = []
-    for i in range(0, len(part), size if cuts else len(part)):
-        data = part[i:i + size].encode() if cuts else part.encode()
-        if cuts and len(part) > size and len(places := cut_places(data, cuts)):
+    for i in range(0, len(part), size):
+        data = part[i:i + size].encode()
+        if len(places := cut_places(data, cuts)):
             yield b"".join(rest) + data[:places[-1]]
             rest, data = [], data[places[-1]:]
         rest.append(data)
