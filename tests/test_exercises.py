@@ -9,6 +9,7 @@ import builtins
 import dis
 import importlib
 import itertools
+import linecache
 import re
 
 import pytest
@@ -86,6 +87,7 @@ class Collected:
             if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
         ]
         space = dict(self.space)
+        linecache.cache[cell.id] = (1, None, cell.source.splitlines(keepends=True), cell.id)
         exec(compile(ast.Module(body, []), cell.id, "exec"), space)
         for exercise, function in checks(cell):
             (self.stubs if cell.skipped else self.solutions)[exercise] = eval(function, space)
