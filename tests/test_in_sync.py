@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def copy(tmp_path):
     "The parts of the checkout that nbdev reads and writes."
-    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "assets")
+    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.safetensors")
     for name in ("nbs", "llm_course"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore, symlinks=True)
     shutil.copy(ROOT / "settings.ini", tmp_path)
