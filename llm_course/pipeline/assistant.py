@@ -8,7 +8,7 @@ __all__ = ['TEACHING_METHODS', 'MODEL_FILES', 'Teaching', 'aligned_folder', 'hol
            'align_run']
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #22c102d4
-import json
+import json, math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,10 +64,10 @@ def check(
         if name not in (None, "world", "none") and not Path(name).expanduser().is_file():
             raise FileNotFoundError(f"there is no file {name}; expected world, none, or a file "
                                     "with one JSON object a line")
-    if self.chats not in (None, "world", "none"):
-        read_chats(self.chats)
-    if self.preferences not in (None, "world", "none"):
-        read_pairs(self.preferences)
+    for name, read in ((self.chats, read_chats), (self.preferences, read_pairs)):
+        if name not in (None, "world", "none") and not (found := read(name)).items:
+            why = ", ".join(str(found).splitlines()[1:]) or "it is empty"
+            raise ValueError(f"{name}: there is nothing to learn from ({why})")
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #7ff71be7
 def _teaching_of(s: Settings) -> Teaching:
@@ -133,6 +133,31 @@ def _read_examples(
     return chats, pairs
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #5cf41938
+def _check_lengths(
+    run: Run,           # The run
+    t: Teaching,        # What it will learn from
+    T: int,             # The model's context
+) -> None:
+    "Raise `ValueError` before any training if nothing to learn from fits the model."
+    path = run.folder / "tokenizer.bpe"
+    if not path.exists():
+        raise ValueError("the shards come without a tokenizer, so conversations can't become "
+                         "tokens: give one with --tokenizer")
+    if t.knows_world():
+        return
+    tokenizer, _ = add_chat_tokens(load_tokenizer(path))
+    chats, pairs = _read_examples(t, QuietReporter(), tokenizer, T)
+    for name, rows in ((t.chats, chats), (t.preferences, pairs)):
+        if name != "none" and not rows:
+            raise ValueError(f"{name}: all of it is too long for a context of {T} tokens; shorten "
+                             "it, or take a model with a longer context")
+
+def _checked_plan(run: Run, teaching: Teaching) -> dict:
+    "Stage 3, and a look at what will be learned later."
+    facts = BASE_STAGES["plan"](run)
+    _check_lengths(run, teaching, facts["model"]["context_length"])
+    return facts
+
 def _is_left_out(
     model: GPT,         # The base model
     t: Teaching,        # What it would learn from
@@ -239,13 +264,32 @@ def _reminders(
     return pieces[:n]
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #f28141bc
+_LOOKS = 640  # at what is learned from, at least
+_SHARE = 2    # tokens of fine-tuning for each token of pretraining, at most
+
 def _enough_passes(
     rows: list,    # What is learned from
     usual: float,  # Passes when there are many
 ) -> float:        # More when there are few
-    "How often to go through some rows: at least 640 looks in all."
-    return max(usual, 640 / max(1, len(rows)))
+    "How often to go through some rows: at least `_LOOKS` looks in all."
+    return max(usual, _LOOKS / max(1, len(rows)))
 
+def _sft_budget(
+    learn: list,    # Conversations, as token ids
+    stories: list,  # Reminders, as token ids
+    pretrained: int | None, # Tokens of pretraining, where they are known
+) -> tuple[int, int, float]: # How often to repeat the conversations, reminders to use, passes
+    "How much fine-tuning reads, whatever the number of conversations."
+    most = _SHARE * (pretrained or 2_000_000)
+    repeat = math.ceil(_LOOKS / len(learn)) if 4 * len(learn) < _LOOKS else 1
+    passes = 1 if repeat > 1 else 4
+    n_chat = repeat * sum(map(len, learn))
+    length = sum(map(len, stories)) / max(1, len(stories)) or 1
+    kept = min(len(stories), max(16, int(most / 2 / length / passes)))
+    fewest = min(passes, _LOOKS / (repeat * len(learn)))
+    return repeat, kept, min(passes, max(fewest, most / (n_chat + kept * length)))
+
+# %% ../../nbs/95d_pipeline.assistant.ipynb #8517e36c
 def _tell_progress(
     run: Run,   # Its reporter is told
 ) -> Callable:  # For `watch`: takes a trainer
@@ -255,6 +299,17 @@ def _tell_progress(
         run.reporter.progress(row["step"], trainer.config.steps or row["step"],
                               f"step {row['step']}  loss {row['train']:.3f}")
     return watch
+
+def _plan_sft(run: Run, tokenizer: Tokenizer, learn: list, stories: list) -> tuple:
+    "Conversations and reminders as they will be read, and passes; said before it begins."
+    chats = [render(tokenizer, messages).tokens for messages in learn]
+    told = [tokenizer.encode(story) for story in stories]
+    known = run.facts.get("model", {}).get("tokens")
+    repeat, kept, passes = _sft_budget(chats, told, known)
+    n = passes * (repeat * sum(map(len, chats)) + sum(map(len, told[:kept])))
+    run.reporter.say(f"sft         will read {n:,.0f} tokens: {len(learn):,} conversations, each about "
+                     f"{repeat * passes:.3g} times, and {kept} pieces of the old text")
+    return learn * repeat, stories[:kept], passes
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #dbc8a243
 def sft_stage(
@@ -267,13 +322,16 @@ def sft_stage(
     model, tokenizer = _open_model(run, "base")
     if _is_left_out(model, teaching, run.reporter):
         return {"skipped": True}
+    _check_lengths(run, teaching, model.config.context_length)
     chats, _ = _read_examples(teaching, run.reporter, tokenizer, model.config.context_length)
     learn, held = hold_back(chats[:n], json.dumps)
     before = _answer_loss(model, tokenizer, held)
-    settings.setdefault("epochs", _enough_passes(learn, 4))
-    progress = train_sft(model, tokenizer, learn, stories=_reminders(run, model, tokenizer),
-                         seed=run.settings.seed, watch=_tell_progress(run),
-                         folder=run.folder / "checkpoints-sft", **settings)
+    rows, stories, passes = _plan_sft(run, tokenizer, learn, _reminders(run, model, tokenizer))
+    settings = settings if {"epochs", "steps", "minutes"} & settings.keys() else {
+        **settings, "epochs": passes}
+    progress = train_sft(model, tokenizer, rows, stories=stories, seed=run.settings.seed,
+                         watch=_tell_progress(run), folder=run.folder / "checkpoints-sft",
+                         **settings)
     save_model(model, run.folder / "sft.safetensors")
     after = _answer_loss(model, tokenizer, held)
     run.reporter.say(f"sft         {len(learn):,} conversations, {progress.step} steps; loss of "
@@ -395,6 +453,8 @@ def assistant_stages(
     if t.chats == t.preferences == "none":
         more = []
     names = {"tokenizer": _tokenizer_stage}
+    if more:
+        names["plan"] = _checked_plan
     names |= {stage.__name__.removesuffix("_stage"): stage for stage in more}
     return {**BASE_STAGES, **{name: partial(stage, teaching=t) for name, stage in names.items()}}
 
