@@ -22,6 +22,7 @@ def _told_nats(logits: Tensor, probs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets, reduction="sum")
     return -told.log().sum()
 
+# %% ../../nbs/33b_model.lean.ipynb #ea1e5cc7
 class _HeadLoss(Function):
     "Hidden states (N, C), a matrix (V, C) and targets (N,) -> summed loss; gradients come with it."
     @staticmethod
@@ -52,7 +53,8 @@ class _NormShift(Function):
     @staticmethod
     def forward(ctx, x, starts, eps, dtype):
         (N, C), half = x.shape, x.shape[1] // 2
-        scale = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_().div_(C).add_(eps).rsqrt_()
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        scale = length.square_().div_(C).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, starts)
         if starts is None:
             return (x * scale).to(dtype)
@@ -73,6 +75,7 @@ class _NormShift(Function):
         inner = torch.linalg.vecdot(g, x)[:, None] * scale.square() / -C
         return g.addcmul_(x, inner).mul_(scale), None, None, None
 
+# %% ../../nbs/33b_model.lean.ipynb #68e62882
 class _SquaredRelu(Function):
     "`relu2` that keeps one tensor instead of two."
     @staticmethod
@@ -94,6 +97,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     torch.mul(left, cos, out=out[..., :half]).addcmul_(right, sin, value=-1)
     torch.mul(right, cos, out=out[..., half:]).addcmul_(left, sin)
 
+# %% ../../nbs/33b_model.lean.ipynb #884d74ac
 class _TurnedHeads(Function):
     "(B, T, 3C) -> turned queries, turned keys, and values; (B, H, T, D) each."
     @staticmethod

@@ -52,21 +52,23 @@ class Optimizer(torch.optim.Optimizer):
 @patch
 def state_dict(self: Optimizer) -> dict:
     "All it remembers, laid out as torch lays it out."
-    rows = zip(*self.memory.values())
-    state = {i: {"step": self.steps, **dict(zip(self.memory, row))} for i, row in enumerate(rows)}
+    names, rows = self.memory, enumerate(zip(*self.memory.values()))
+    state = {i: {"step": self.steps, **dict(zip(names, row))} for i, row in rows}
     return {"state": state, "param_groups": [{**self.param_groups[0], "params": list(state)}]}
 
 @patch
 @torch.no_grad()
-def load_state_dict(self: Optimizer, state: dict) -> None:
+def load_state_dict(
+    self: Optimizer,
+    state: dict, # Of an optimiser with the same parameters
+) -> None:
     "Put back what `state_dict` gave. Raises `ValueError` if it belongs to other parameters."
     rows, (group,) = state["state"], state["param_groups"]
     pairs = [(tensor, rows.get(i, {}).get(name)) for name, tensors in self.memory.items()
              for i, tensor in enumerate(tensors)]
     if len(rows) != len(self.params) or any(b is None or a.shape != b.shape for a, b in pairs):
         raise ValueError("the saved state belongs to another optimiser or to other parameters")
-    for tensor, saved in pairs:
-        tensor.copy_(saved)
+    torch._foreach_copy_(*map(list, zip(*pairs)))
     self.steps = rows[0]["step"]
     self.param_groups[0].update({**group, "params": self.params})
 
