@@ -19,8 +19,8 @@ _END = b"\xff"  # between two texts; no byte of UTF-8
 
 def _table(*rules: tuple[str, int]) -> np.ndarray:
     "For each byte, the sum of the rules that it fits."
-    return np.array([sum(bit for signs, bit in rules if re.match(signs, chr(b))) for b in range(256)],
-                    dtype=np.uint8)
+    fitting = [sum(bit for signs, bit in rules if re.match(signs, chr(b))) for b in range(256)]
+    return np.array(fitting, dtype=np.uint8)
 
 _BEFORE = _table(("[!-~]", 1), ("[A-Za-z0-9]", 2), ("\n", 4))
 _AFTER = _table((" ", 1), ("\n", 2), ("[!-~]", 4))
@@ -60,9 +60,8 @@ class PieceCounter:
 
     def settle(self) -> None:
         "Cut the units that were gathered."
-        for unit, n in self.units.items():
-            self._settle(unit, n)
-        self.units.clear()
+        while self.units:
+            self._settle(*self.units.popitem())
 
     def result(self) -> tuple[Counter, Counter]: # Pieces, and odd units, as bytes
         "What was counted."
@@ -96,9 +95,10 @@ class CountingProcess:
     ):
         home = str(Path(llm_course.__path__[0]).resolve().parent)
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-        run = [sys.executable, "-c", "from llm_course.tokens.count import serve_counts; serve_counts()"]
-        self.process = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+        work = "from llm_course.tokens.count import serve_counts; serve_counts()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
         self.add(setup)
 
     def add(

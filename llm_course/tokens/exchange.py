@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 import regex
 from ..core import patch
+from ..guard import reads
 from .bpe import BPETokenizer, find_pattern, merge_bytes
 from .formats import read_token_file, write_token_file
 from .text import (BYTE_IDS, END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer,
@@ -42,12 +43,16 @@ class MergesTokenizer(Tokenizer):
         return type(self), (self.ranks, self.special_tokens, self.pattern, self.merges)
 
     def save(self, path: str | Path) -> None:
+        "Write the tokenizer to one readable file."
         pairs = [[self.ranks[left], self.ranks[right]] for left, right in self.merges]
         write_token_file(path, self.ranks, self.kind, self.pattern, self.special_tokens, pairs)
 
 # %% ../../nbs/22a_tokens.exchange.ipynb #1856d138
 @patch
-def piece_ids(self: MergesTokenizer, piece: str) -> tuple[int, ...]:
+def piece_ids(
+    self: MergesTokenizer,
+    piece: str,        # What the pattern cut out
+) -> tuple[int, ...]:  # Ids
     "Ids of one piece: the pair that stands first in the list is joined first."
     ids = [self.ranks[bytes([b])] for b in piece.encode()]
     after, before, heap = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1)), []
@@ -70,10 +75,11 @@ def piece_ids(self: MergesTokenizer, piece: str) -> tuple[int, ...]:
             offer(i)
     return tuple(id for id in ids if id is not None)
 
-# %% ../../nbs/22a_tokens.exchange.ipynb #811c2533
-_KINDS = {c.kind: c for c in (CharTokenizer, WordTokenizer, ByteTokenizer, BPETokenizer, MergesTokenizer)}
+# %% ../../nbs/22a_tokens.exchange.ipynb #78b7d90c
+_KINDS = {c.kind: c for c in (CharTokenizer, WordTokenizer, ByteTokenizer, BPETokenizer,
+                              MergesTokenizer)}
 
-def _make(ranks: dict, kind: str, pattern: str, special_tokens: dict, merges: list = ()) -> Tokenizer:
+def _make(ranks: dict, kind: str, pattern: str, special_tokens: dict, merges=()) -> Tokenizer:
     "A tokenizer from what its file says. Raises `ValueError` for what can't work."
     if kind == "word" and "<unk>" not in special_tokens:
         raise ValueError("words need a special token <unk>")
@@ -85,6 +91,8 @@ def _make(ranks: dict, kind: str, pattern: str, special_tokens: dict, merges: li
     merges = [(tokens[left], tokens[right]) for left, right in merges]
     return MergesTokenizer(ranks, special_tokens, pattern, merges)
 
+# %% ../../nbs/22a_tokens.exchange.ipynb #811c2533
+@reads("tokenizer")
 def load_tokenizer(
     path: str | Path, # Written by `Tokenizer.save`
 ) -> Tokenizer:       # Of the kind that was saved

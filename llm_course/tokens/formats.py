@@ -10,10 +10,9 @@ __all__ = ['write_token_file', 'read_token_file', 'read_ranks', 'write_ranks', '
 import base64, json, re
 from pathlib import Path
 from ..core import atomic_write
+from ..guard import reads
 
-# %% ../../nbs/20a_tokens.formats.ipynb #aff2c098
-_FIRST_LINE = "llm-course tokenizer, format 1"
-
+# %% ../../nbs/20a_tokens.formats.ipynb #599e0c05
 _MOST_BYTES, _MOST_IDS, _MOST_SIGNS = 1 << 28, 1 << 24, 10_000
 
 def _read_file(path: str | Path) -> bytes:
@@ -35,6 +34,9 @@ def _read_lines(path: str | Path) -> list[str]:
 def _is_id(id) -> bool:
     "Could this number be a token's id?"
     return type(id) is int and 0 <= id < _MOST_IDS
+
+# %% ../../nbs/20a_tokens.formats.ipynb #aff2c098
+_FIRST_LINE = "llm-course tokenizer, format 1"
 
 def _write_token(token: bytes) -> str:
     "Spell a token so that a person can read it."
@@ -62,7 +64,7 @@ def write_token_file(
     with atomic_write(path, "w") as file:
         file.write("\n".join([_FIRST_LINE, json.dumps(about), *lines, ""]))
 
-# %% ../../nbs/20a_tokens.formats.ipynb #4aa33ec7
+# %% ../../nbs/20a_tokens.formats.ipynb #ad2f9278
 _FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
 
 def _read_about(line: str) -> dict:
@@ -71,10 +73,13 @@ def _read_about(line: str) -> dict:
     wanted = {"kind": str, "pattern": str, "special_tokens": dict, "tokens": int}
     if wrong := [key for key, kind in wanted.items() if type(about[key]) is not kind]:
         raise ValueError(f"{wrong[0]} is no {wanted[wrong[0]].__name__}")
-    if len(about["pattern"]) > _MOST_SIGNS or not all(map(_is_id, about["special_tokens"].values())):
+    ids = about["special_tokens"].values()
+    if len(about["pattern"]) > _MOST_SIGNS or not all(map(_is_id, ids)):
         raise ValueError("a pattern or an id is too large")
     return {key: about[key] for key in (*wanted, "merges") if key in about}
 
+# %% ../../nbs/20a_tokens.formats.ipynb #4aa33ec7
+@reads("tokenizer")
 def read_token_file(
     path: str | Path,                # Written by `write_token_file`
 ) -> tuple[dict[bytes, int], dict]:  # Token -> id; and kind, pattern and special_tokens
@@ -98,6 +103,7 @@ def read_token_file(
     return ranks, about
 
 # %% ../../nbs/20a_tokens.formats.ipynb #b7e16984
+@reads("table of ranks")
 def read_ranks(
     path: str | Path,    # A rank file, such as cl100k_base.tiktoken
 ) -> dict[bytes, int]:   # Token -> rank
@@ -131,6 +137,7 @@ def gpt2_letters() -> dict[str, int]:
     hidden = [b for b in range(256) if b not in shown]
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
+@reads("table of ranks")
 def read_gpt2_ranks(
     path: str | Path,      # encoder.json or vocab.json
 ) -> dict[bytes, int]:     # Token -> id, without special tokens
@@ -146,6 +153,8 @@ def read_gpt2_ranks(
         raise ValueError(f"{path}: expected tokens in GPT-2's letters, and their ids") from error
     return ranks
 
+# %% ../../nbs/20a_tokens.formats.ipynb #718ce783
+@reads("table of merges")
 def read_gpt2_merges(
     path: str | Path,                # merges.txt or vocab.bpe
 ) -> list[tuple[bytes, bytes]]:      # In the order of merging

@@ -30,6 +30,7 @@ def _cut_long(part: str, cuts: int, size: int) -> Iterator[bytes]:
         rest.append(data)
     yield b"".join(rest)
 
+# %% ../../nbs/21b_tokens.learn.ipynb #7a5dd553
 def _packets(texts: Iterable[str], names: list[str], cuts: int, size: int) -> Iterator[bytes]:
     "Texts in UTF-8, cut at special tokens, a byte 0xFF between; at least `size` bytes each."
     packet, n = [], 0
@@ -98,7 +99,8 @@ class _Tape:
         self.ids, self.often = np.full(n, _WALL, np.int32), np.zeros(n, np.int64)
         self.ids[inside] = np.frombuffer(b"".join(words), np.uint8)
         self.often[inside] = np.repeat(np.fromiter(words.values(), np.int64, len(words)), lengths)
-        self.after, self.before = np.arange(1, n + 1, dtype=place), np.arange(-1, n - 1, dtype=place)
+        self.after = np.arange(1, n + 1, dtype=place)
+        self.before = self.after - 2
         self.tokens, self.turned = [], []
         for byte in BYTE_IDS:
             self.add_token(byte)
@@ -126,8 +128,9 @@ def _group(keys: np.ndarray, often: np.ndarray, places: np.ndarray) -> tuple:
     ends = np.append(starts[1:], len(keys))
     return keys[starts], np.add.reduceat(often[order], starts), starts, ends, places[order]
 
+# %% ../../nbs/21b_tokens.learn.ipynb #9a1ac96d
 @patch
-def recount(self: _Tape, n_merges: int) -> bool:
+def _recount(self: _Tape, n_merges: int) -> bool:
     "Look for pairs that are frequent enough for about `n_merges` merges. Is there any?"
     self.counts, self.where, self.heap = {}, {}, []
     places = np.flatnonzero(self.ids >= 0)
@@ -144,8 +147,9 @@ def recount(self: _Tape, n_merges: int) -> bool:
         self.note(pair, count, places[start:end].copy())
     return bool(self.heap)
 
+# %% ../../nbs/21b_tokens.learn.ipynb #847b4c46
 @patch
-def best(self: _Tape) -> int | None:
+def _best(self: _Tape) -> int | None:
     "Take the most frequent pair, the greatest in a tie; None if all are rarer than `least`."
     while self.heap:
         count, *_, pair = heapq.heappop(self.heap)
@@ -159,7 +163,7 @@ def best(self: _Tape) -> int | None:
 
 # %% ../../nbs/21b_tokens.learn.ipynb #9e4d1961
 @patch
-def join_few(self: _Tape, places: list[int], left: int, right: int, new: int) -> None:
+def _join_few(self: _Tape, places: list[int], left: int, right: int, new: int) -> None:
     "Join a pair at some places, in their order, one by one."
     ids, after, before, often = map(memoryview, (self.ids, self.after, self.before, self.often))
     counts, found = self.counts, {}
@@ -193,8 +197,9 @@ def _every_other(i: np.ndarray, j: np.ndarray) -> np.ndarray:
     first[1:] = i[1:] != j[:-1]
     return (number - np.maximum.accumulate(np.where(first, number, 0))) % 2 == 0
 
+# %% ../../nbs/21b_tokens.learn.ipynb #56935e45
 @patch
-def join_many(self: _Tape, places: np.ndarray, left: int, right: int, new: int) -> None:
+def _join_many(self: _Tape, places: np.ndarray, left: int, right: int, new: int) -> None:
     "Join a pair at many places at once."
     i = places[self.ids[places] == left]
     j = self.after[i]
@@ -207,14 +212,14 @@ def join_many(self: _Tape, places: np.ndarray, left: int, right: int, new: int) 
     alone[:-1] = h[1:] != j[:-1]
     self.ids[i], self.ids[j], self.after[i], self.before[k] = new, _GONE, k, i
     h = self.before[i]
-    self.change(self.ids[h], often, h, lambda x: (right if x == new else x) << _SHIFT | left,
+    self._change(self.ids[h], often, h, lambda x: (right if x == new else x) << _SHIFT | left,
                 lambda x: x << _SHIFT | new)
-    self.change(self.ids[k[alone]], often[alone], i[alone], lambda x: right << _SHIFT | x,
+    self._change(self.ids[k[alone]], often[alone], i[alone], lambda x: right << _SHIFT | x,
                 lambda x: new << _SHIFT | x)
 
 # %% ../../nbs/21b_tokens.learn.ipynb #9289344a
 @patch
-def change(self: _Tape, others: np.ndarray, often: np.ndarray, places: np.ndarray, old, fresh) -> None:
+def _change(self: _Tape, others, often: np.ndarray, places: np.ndarray, old, fresh) -> None:
     "Correct the counts of the pairs with the neighbours `others`, and note the new pairs."
     if not len(others):
         return
@@ -227,16 +232,16 @@ def change(self: _Tape, others: np.ndarray, often: np.ndarray, places: np.ndarra
                 self.note(fresh(x), count, places[start:end].copy())
 
 @patch
-def merge(self: _Tape, pair: int) -> tuple[bytes, bytes]:
+def _merge(self: _Tape, pair: int) -> tuple[bytes, bytes]:
     "Make a token of a pair. Which two tokens was it made of?"
     left, right, new = pair >> _SHIFT, pair & _MASK, len(self.tokens)
     self.add_token(self.tokens[left] + self.tokens[right])
     places = self.where.pop(pair)
     del self.counts[pair]
     if len(places) < 100:
-        self.join_few(places if isinstance(places, list) else places.tolist(), left, right, new)
+        self._join_few(places if isinstance(places, list) else places.tolist(), left, right, new)
     else:
-        self.join_many(np.asarray(places, self.after.dtype), left, right, new)
+        self._join_many(np.asarray(places, self.after.dtype), left, right, new)
     return self.tokens[left], self.tokens[right]
 
 # %% ../../nbs/21b_tokens.learn.ipynb #af601e49
@@ -247,8 +252,8 @@ def learn_merges(
     "Byte pair encoding (Gage 1994; arXiv:1508.07909); a tie goes to the greater pair of tokens."
     tape, merges = _Tape(words), []
     while len(merges) < n_merges:
-        if (pair := tape.best()) is not None:
-            merges.append(tape.merge(pair))
-        elif not tape.recount(n_merges - len(merges)):
+        if (pair := tape._best()) is not None:
+            merges.append(tape._merge(pair))
+        elif not tape._recount(n_merges - len(merges)):
             break
     return merges

@@ -24,7 +24,8 @@ a7dd-a7f1 ab6c-ab6d 107bb-107bf 10940-10959 10ec5-10efb 11b0a-11b67 11db0-11df1 
 12550-12686 16ea0-16ed3 16ff2-16ff6 187f8-187ff 18cd6-18cda 18d09-191d2 1b123-1b128 1b168
 1d127-1d128 1d250-1d281 1d6a6 1df1f-1df24 1df2b-1dfff 1e6c0-1e6ff 2b73a-2b73f 2b81e 2cea2-2cead
 323b0-3fc3f"""  # letters, digits and accents of Unicode 17 and 18
-YOUNG_LETTERS = re.compile("[" + re.sub(r"([0-9a-f]+)\s?", lambda m: rf"\U{m[1]:0>8}", _YOUNGER) + "]")
+YOUNG_LETTERS = re.compile(
+    "[" + re.sub(r"([0-9a-f]+)\s?", lambda m: rf"\U{m[1]:0>8}", _YOUNGER) + "]")
 
 def freeze_unicode(
     text: str, # Any text
@@ -36,7 +37,7 @@ def freeze_unicode(
 TRUSTED_PATTERNS = {r"(?s:.)"}  # need no time limit, which costs half of the speed
 _PATIENCE = 10                  # seconds that a pattern may compute at least
 
-def _matches(text: str, splitter: regex.Pattern, start: int = 0, find: str = "finditer") -> Iterator:
+def _matches(text: str, splitter: regex.Pattern, start=0, find="finditer") -> Iterator:
     "Go through the pieces; a pattern that goes back and forth for ever is stopped."
     limited = splitter.pattern not in TRUSTED_PATTERNS
     seconds = _PATIENCE + len(text) / 5000 if limited else None
@@ -200,6 +201,7 @@ def _allowed(self: Tokenizer, allowed_special: str | Iterable[str]) -> set[str]:
         raise ValueError(f"{sorted(names - known)} are not special here; {sorted(known)} are")
     return names
 
+# %% ../../nbs/21_tokens.text.ipynb #f1b04425
 @patch
 def _refuse(self: Tokenizer, text: str, names: set[str], disallowed: str | Iterable[str]) -> None:
     "Raise `ValueError` if a special token stands in `text` that must not."
