@@ -343,3 +343,22 @@ def test_a_full_run_again(recorded):
     village = Village()
     start = village.look(village.model, village.truth)["true"]
     assert gap_closed(start, run(village, 0, *MAIN)) >= 0.25
+
+
+def test_valid_pairs_that_are_too_long_do_not_stop_a_run(start, pairs):
+    model, tokenizer = copy.deepcopy(start[0]), start[1]
+    long = pair("x" * 200, "yes", "no")
+    rows = train_dpo(model, tokenizer, [*pairs, long], valid=[long, *pairs[:3]], steps=2,
+                     eval_every=1, batch_size=4)
+    assert rows[0]["too_long"] == 1 and "valid_loss" in rows[-1] and "kl" in rows[-1]
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(start, pairs, tmp_path, monkeypatch):
+    model, tokenizer = copy.deepcopy(start[0]), start[1]
+    before = [p.detach().clone() for p in model.parameters()]
+    from llm_course.align import pair_tuner
+    monkeypatch.setattr(pair_tuner, "preference_loss", lambda c, told, *_: told.sum() * math.nan)
+    with pytest.raises(FloatingPointError, match="weights were not changed"):
+        train_dpo(model, tokenizer, pairs, steps=2, batch_size=4, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert (tmp_path / "preference.safetensors").exists()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llm_course.align.answers import draw_answers
 from llm_course.align.policy_tuner import (
-    AdaptiveKL, PolicyConfig, PolicyTuner, policy_outputs, train_policy)
+    AdaptiveKL, PolicyConfig, PolicyTuner, _trusted, policy_outputs, train_policy)
 from llm_course.align.rl import (
     PolicyOutputs, average_tokens, gae, group_advantages, grpo_loss, kl_estimates, ppo_loss)
 from llm_course.align.rlhf import answer_kl
@@ -358,3 +358,87 @@ def test_a_full_run_closes_a_quarter_of_the_gap(method):
     start = village.look(village.model, proxy)["true"]
     run = align.run(village, proxy, method, 5, **align.SETTINGS[method])
     assert align.gap_closed(start, run["looks"][-1]) >= 0.25
+
+
+# --- Rewards that are no numbers, and conversations that do not fit --------------------------------
+
+def spoiled(share: float, value: float):
+    "The reward of `vowels`, with every so many answers spoiled."
+    def reward(messages, answers):
+        rewards = vowels(messages, answers)
+        rewards[: round(share * len(rewards))] = value
+        return rewards
+    return reward
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", ["reinforce", "ppo", "grpo"])
+def test_an_answer_without_a_reward_is_left_out_and_counted(tiny, method, value):
+    model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
+    rows = train_policy(model, tokenizer, prompts, spoiled(0.375, value), method, steps=3, **SMALL,
+                        judge=spoiled(0.1, math.nan))
+    assert [r["left_out"] for r in rows] == [3, 3, 3]
+    assert states(model).isfinite().all() and all(math.isfinite(r["true"]) for r in rows)
+
+
+@pytest.mark.parametrize("method", ["reinforce", "ppo", "grpo"])
+def test_what_is_left_out_counts_for_nothing(tiny, method):
+    "The others learn as they would without it: group by group."
+    model, tokenizer, prompts = tiny
+    r = draw_answers(model, tokenizer, prompts[:2], 4, 6, seed=0, forget=False)
+    rewards = torch.tensor([3.0, math.nan, 1, 2, math.inf, 5, 0, 1])
+    t = PolicyTuner(model, tokenizer, prompts, vowels, PolicyConfig(method, steps=1, **SMALL))
+    kept, good, sizes = _trusted(r, rewards, 4, 0)
+    assert good.tolist() == [3, 1, 2, 5, 0, 1] and sizes == [3, 3]
+    assert kept.answers == [a for i, a in enumerate(r.answers) if i not in (1, 4)]
+    old = policy_outputs(model, kept, t.head)
+    gains, _ = t.advantages(good, old, old.log_probs, kept.mask, sizes)
+    if method == "grpo":
+        assert torch.allclose(gains[:3, 0], group_advantages(good[:3], 3))
+    if method == "reinforce":
+        z = (good - good.mean()) / (good.std() + 1e-4)
+        alone = torch.stack([x - (x.sum() - x) / 2 for x in (z[:3], z[3:])]).flatten()
+        assert torch.allclose(gains[:, 0], alone / (alone.std() + 1e-4), atol=1e-5)
+
+
+def test_a_reward_that_fails_for_most_stops_before_the_step_and_leaves_a_checkpoint(tiny, tmp_path):
+    model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
+    calls = []
+
+    def reward(messages, answers):
+        calls.append(1)
+        return spoiled(0.0 if len(calls) < 3 else 0.75, math.nan)(messages, answers)
+
+    with pytest.raises(FloatingPointError, match="6 of 8 rewards in step 2"):
+        train_policy(model, tokenizer, prompts, reward, steps=9, **SMALL, folder=tmp_path,
+                     save_every=100)
+    assert states(model).isfinite().all()
+    again = copy.deepcopy(tiny[0])
+    rows = train_policy(again, tokenizer, prompts, vowels, steps=9, **SMALL, folder=tmp_path)
+    assert [r["step"] for r in rows] == list(range(9))
+
+
+def test_prompts_that_are_too_long_are_counted_before_the_first_step(tiny, tmp_path):
+    model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
+    long = say("good day " * 60)
+    rows = train_policy(model, tokenizer, [*prompts, long, long], vowels, steps=8, **SMALL)
+    assert rows[0]["too_long"] == 2 and len(rows) == 8
+    with pytest.raises(ValueError, match="no prompt"):
+        train_policy(model, tokenizer, [long], vowels, steps=1, **SMALL)
+
+
+def test_a_reward_that_raises_leaves_a_checkpoint(tiny, tmp_path):
+    model, tokenizer, prompts = copy.deepcopy(tiny[0]), *tiny[1:]
+    calls = []
+
+    def reward(messages, answers):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyError("a program of somebody")
+        return vowels(messages, answers)
+
+    with pytest.raises(KeyError):
+        train_policy(model, tokenizer, prompts, reward, steps=9, **SMALL, folder=tmp_path,
+                     save_every=100)
+    tensors, facts = read_checkpoint(tmp_path / "policy.safetensors")
+    assert facts["step"] == 2

@@ -26,6 +26,7 @@ def implicit_reward(
     "The reward for which the model is the best policy: beta * log(model / reference)."
     return beta * (told if reference is None else told - reference)
 
+# %% ../../nbs/77_align.dpo.ipynb #ddb0fa03
 def dpo_loss(
     chosen: Tensor,   # Log-probabilities of the chosen answers, whole answers, (B,)
     rejected: Tensor, # Of the rejected ones, (B,)

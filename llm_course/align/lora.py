@@ -116,27 +116,32 @@ def _read_adapter(folder: Path) -> tuple[float, dict[str, Tensor]]:
     return scale, weights
 
 # %% ../../nbs/72a_align.lora.ipynb #f4c6f189
+def _fitting(model: GPT, weights: dict[str, Tensor], folder: Path) -> dict[str, tuple]:
+    "The two matrices of each layer. Raises `ValueError` if one has no such layer here."
+    layers = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    found = {}
+    for name in {key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in weights}:
+        A, B = (weights.get(f"{_PREFIX}{name}.lora_{kind}.weight") for kind in "AB")
+        shape = None if A is None or B is None or A.ndim + B.ndim != 4 else (len(B), A.shape[1])
+        if name not in layers or shape != layers[name].weight.shape or len(A) != B.shape[1]:
+            raise ValueError(f"the adapter in {folder} does not fit: {name} is another layer here")
+        found[name] = layers[name], A, B
+    return found
+
+# %% ../../nbs/72a_align.lora.ipynb #b74b5183
 @torch.no_grad()
 def load_lora(
     model: GPT,         # The one that the adapter was made for; changed in place
     folder: str | Path, # From `save_lora` or PEFT
 ) -> GPT:               # The same model with LoRA layers, everything else frozen
     "Put a saved adapter on a model. Raises `ValueError` if it does not fit."
-    scale, weights = _read_adapter(Path(folder))
-    layers = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-    names = {key.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for key in weights}
     if any(isinstance(m, LoRA) for m in model.modules()):
         raise ValueError("this model has LoRA layers already; merge_lora first")
-    found = {}
-    for name in names:
-        A, B = (weights.get(f"{_PREFIX}{name}.lora_{kind}.weight") for kind in "AB")
-        shape = None if A is None or B is None or A.ndim + B.ndim != 4 else (len(B), A.shape[1])
-        if name not in layers or shape != layers[name].weight.shape or len(A) != B.shape[1]:
-            raise ValueError(f"the adapter in {folder} does not fit: {name} is another layer here")
-        found[name] = A, B
+    scale, weights = _read_adapter(Path(folder))
+    found = _fitting(model, weights, Path(folder))
     model.requires_grad_(False)
-    for name, (A, B) in found.items():
-        layer = LoRA(layers[name], len(A), scale * len(A))
+    for name, (linear, A, B) in found.items():
+        layer = LoRA(linear, len(A), scale * len(A))
         layer.down.copy_(A)
         layer.up.copy_(B)
         parent, _, last = name.rpartition(".")

@@ -27,6 +27,7 @@ def masked_mean(
     x, counts = _counted(x, mask)
     return x.sum(dims, keepdim) / counts.sum(dims, keepdim).clamp_min(1)
 
+# %% ../../nbs/74a_align.masked.ipynb #b2650b4e
 def masked_variance(
     x: Tensor,                # Numbers of any shape
     mask: Tensor,             # True where one counts

@@ -87,6 +87,7 @@ def _join(prompt: list[dict], history: list[dict], where: str, key: str) -> list
         return whole
     raise ValueError(f"{where}: the conversation in {key!r} does not contain the prompt")
 
+# %% ../../nbs/71c_align.pairs.ipynb #68b31a53
 def _read_answer(found: dict, key: str, where: str) -> tuple[list[dict], str]:
     "What stands before the answer, and the answer."
     value, prompt = found[key], _read_prompt(found, where)
@@ -110,6 +111,7 @@ def _numbers(values: list, where: str, what: str) -> list[float]:
             raise ValueError(f"{where}: {what} {value!r:.40} is not a number that can be compared")
     return values
 
+# %% ../../nbs/71c_align.pairs.ipynb #633a981f
 def _chosen_pair(found: dict, where: str) -> tuple[list[AnswerPair], str]:
     "The pair of a line with `chosen` and `rejected`, or why there is none."
     (before, chosen), (other, rejected) = (
@@ -125,6 +127,7 @@ def _chosen_pair(found: dict, where: str) -> tuple[list[AnswerPair], str]:
                 return [], "a tie, left out"
     return [AnswerPair(before, chosen, rejected)], ""
 
+# %% ../../nbs/71c_align.pairs.ipynb #d1750276
 def _scored_pairs(found: dict, where: str) -> tuple[list[AnswerPair], str]:
     "A pair for every two answers of a line whose scores differ."
     answers, scores = found["responses"], found["scores"]

@@ -151,10 +151,9 @@ class PolicyTuner(Job):
         judge: Callable | None = None,  # Another reward that is only written down
         seed: int = 0,          # For prompts and answers
     ):
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer, self.reward, self.judge = model.eval(), tokenizer, reward, judge
         self.prompts = prompts_that_fit(tokenizer, prompts, model.config.context_length)
         self.too_long = len(prompts) - len(self.prompts)
-        self.reward, self.judge, self.config = reward, judge, config
         self.reference = copy.deepcopy(reference or model).eval().requires_grad_(False)
         self.device = next(model.parameters()).device
         self.dtype = pick_precision(self.device)
@@ -168,7 +167,7 @@ class PolicyTuner(Job):
                                         AdamW(self.head.parameters(), 3 * config.lr))
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.order = torch.Generator().manual_seed(seed)
-        self.seed, self.history, self.unit = seed, [], None
+        self.config, self.seed, self.history, self.unit = config, seed, [], None
 
 # %% ../../nbs/75a_align.policy_tuner.ipynb #527dd874
 def _compare(
@@ -180,6 +179,7 @@ def _compare(
     return torch.cat([gain(part, n) if n > 1 else torch.zeros_like(part)
                       for part, n in zip(rewards.split(sizes), sizes)])
 
+# %% ../../nbs/75a_align.policy_tuner.ipynb #12d7f5e7
 @patch
 def advantages(
     self: PolicyTuner, # Method and settings
@@ -196,7 +196,8 @@ def advantages(
         gain = _compare(group_advantages, rewards, sizes) if sizes else (
             group_advantages(rewards, c.group))
         return gain[:, None].expand_as(kl), None
-    earned = token_rewards((rewards - self.unit[0]) / self.unit[1], kl, mask, self.leash.coefficient)
+    scores = (rewards - self.unit[0]) / self.unit[1]
+    earned = token_rewards(scores, kl, mask, self.leash.coefficient)
     return _PAID[c.method](earned, old, mask, c.group, sizes)
 
 # %% ../../nbs/75a_align.policy_tuner.ipynb #81c8e687

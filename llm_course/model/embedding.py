@@ -115,7 +115,7 @@ def position_angles(
     at: int | Tensor,      # T, for positions 0 to T - 1, or any positions, (..., T)
     d: int,                # How many numbers are turned in pairs, even
     base: float = 10000.0, # How much slower the last pair turns than the first, nearly
-) -> Tensor:               # Angle of each pair at each position in radians, (..., T, d / 2), float64
+) -> Tensor:               # Angle of each pair at each position, float64 radians, (..., T, d / 2)
     "How far each pair has turned. Raises `ValueError` for an odd `d`."
     if d % 2:
         raise ValueError(f"{d} numbers can't be turned in pairs; expected an even number")

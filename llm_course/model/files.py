@@ -33,9 +33,9 @@ def save_model(
     with torch.device("meta"):
         strange = state.keys() ^ GPT(model.config).state_dict().keys()
     if strange:
-        raise ValueError(f"layers of this model were replaced ({min(strange)}), so load_model could "
-                         "not read the file; a LoRA adapter is saved by save_lora, or merged first "
-                         "by merge_lora")
+        raise ValueError(f"layers of this model were replaced ({min(strange)}), so load_model "
+                         "could not read the file; a LoRA adapter is saved by save_lora, or merged "
+                         "first by merge_lora")
     if model.config.style.tied_head:
         del state["head.weight"]
     header = {"kind": _KIND, "config": json.dumps(asdict(model.config))}
