@@ -12,6 +12,7 @@ from typing import Annotated, Callable
 import typer
 import llm_course
 from .guard import shell_line, visible_text
+from .guard import at_home
 from .terminal import is_first_process, plain_errors, run_with_progress
 
 # %% ../nbs/98b_cli.ipynb #8f2b5b2b
@@ -23,6 +24,13 @@ def parameter_notes(
     return dict(re.findall(r"^ +(\w+):[^#\n]*#\s*(.+)$", signature, re.M))
 
 # %% ../nbs/98b_cli.ipynb #16c2fd3f
+def _with_home(fn: Callable) -> Callable:
+    "The same function; ~ in what it is given means the home folder, in --chats=~/x as well."
+    @functools.wraps(fn)
+    def run(**chosen):
+        return fn(**{name: at_home(value) for name, value in chosen.items()})
+    return run
+
 app = typer.Typer(
     name="llm-course", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,8 +40,8 @@ def command(
     app: typer.Typer = app, # Where it is offered
 ) -> Callable:              # The same function
     "Offer a function on the command line; parameters after `*` become options."
-    told, wrapper = getattr(fn, "told", None) or parameter_notes(fn), plain_errors(fn)
-    parameters = []
+    told = getattr(fn, "told", None) or parameter_notes(fn)
+    wrapper, parameters = plain_errors(_with_home(fn)), []
     for name, p in inspect.signature(fn).parameters.items():
         kind = typer.Option if p.kind is p.KEYWORD_ONLY else typer.Argument
         info = kind(help=told.get(name, ""), show_default=p.default is not None)

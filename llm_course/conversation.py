@@ -82,8 +82,12 @@ class Continuation(Conversation):
         said, seed = [message["content"] for message in self.messages], self.seed
         seed = None if seed is None else seed + sum(map(len, said))
         text = _ending(said, _LONG * self.loaded.model.config.context_length)
-        yield from self._remember(
-            self.loaded.continue_text(text, self.tokens, self.temperature, seed))
+        try:
+            yield from self._remember(
+                self.loaded.continue_text(text, self.tokens, self.temperature, seed))
+        except ValueError as error:  # a letter that a character tokenizer does not know
+            del self.messages[len(said) - 1:]
+            yield error_line(error)
         if self.loaded.documents:
             self.messages.clear()  # it has told its story to the end
 

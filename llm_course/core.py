@@ -8,7 +8,7 @@ __all__ = ['pick_device', 'fig_alt', 'pick_dtype', 'set_seed', 'random_state', '
            'patch', 'LiveCurve', 'whole_tensor', 'cut_like']
 
 # %% ../nbs/00a_core.ipynb #6db0329a
-import importlib, os, platform, random, socket, tempfile, time
+import errno, importlib, os, platform, random, re, socket, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
@@ -194,8 +194,34 @@ def _try_lock(file) -> bool:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-    except OSError:
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            return False
+    return _is_ours(file)
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on some network drives
+
+def _is_ours(file) -> bool:
+    "Where a file system knows no locks: is the process gone that the file names? Says so."
+    file.seek(0)
+    said = re.match(r"process (\d+) on (.*)", file.read())
+    file.seek(0)
+    print(f"{Path(file.name).parent} can't be locked: begin no second process there.")
+    if said is None or said[2] == platform.node() and not _is_alive(int(said[1])):
+        return True
+    return said[2] == platform.node() and int(said[1]) == os.getpid()
+
+def _is_alive(pid: int) -> bool:
+    "Is there such a process on this machine?"
+    if os.name == "nt":
+        return True  # there, os.kill would end it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
+    except OSError:
+        pass  # somebody else's
+    return True
 
 # %% ../nbs/00a_core.ipynb #7fdc542e
 def _open_lock(path: Path):

@@ -202,3 +202,82 @@ def test_build_makes_an_assistant_of_the_story_world(tmp_path):
     facts = json.loads((run / "stages.json").read_text(encoding="utf-8"))
     assert facts["policy"]["reward"] > facts["sft"]["reward"] + 0.25 * (1 - facts["sft"]["reward"])
     assert "From model to assistant" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("option", ["--chats", "--preferences"])
+@pytest.mark.parametrize("content", ["", "\n", '{"messages": [{"role": "user", "content": "Hi"}]}\n',
+                                     '{"prompt": "Hi", "chosen": "same", "rejected": "same"}\n'])
+def test_nothing_to_learn_from_is_said_before_anything_is_trained(tmp_path, option, content):
+    (tmp_path / "given.jsonl").write_text(content, encoding="utf-8")
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    if ("chosen" in content) != (option == "--preferences") and content.strip():
+        return
+    output = call("build", "--data", tmp_path / "a.txt", option, tmp_path / "given.jsonl", "--out",
+                  tmp_path / "run", code=2)
+    assert "given.jsonl: there is nothing to learn from" in output and not (tmp_path / "run").exists()
+
+
+def test_conversations_too_long_for_the_model_are_said_before_it_is_trained(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    chats = lines(tmp_path / "chats.jsonl", chat("What did the cat see? " * 2000, "The moon."))
+    output = call("build", "--data", tmp_path / "a.txt", "--depth", 1, "--steps", 5, "--chats", chats,
+                  "--out", tmp_path / "run", "--device", "cpu", code=2)
+    assert "all of it is too long for a context of" in output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_home_folder_is_found_in_every_option(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    lines(tmp_path / "bad.jsonl", {"no": 1})
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    for option in ("--chats", "--preferences"):
+        output = call("build", "--data=~/a.txt", f"{option}=~/bad.jsonl", "--out=~/run", code=2)
+        assert "bad.jsonl, line 1" in output
+    call("train", "--data=~/a.txt", "--out=~/run", "--preset", "tiny", "--layers", 1, "--width", 32, "--steps", 2,
+         "--device", "cpu", "--vocab-size", 300)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert "loss" in call("eval", "~/run", "--data=~/a.txt", "--device", "cpu")
+
+
+def test_a_run_inside_its_own_data_can_be_continued(tmp_path):
+    for n in range(30):
+        (tmp_path / f"{n}.txt").write_text(TEXT, encoding="utf-8")
+    sizes = ["--preset", "tiny", "--layers", 1, "--width", 32, "--device", "cpu", "--vocab-size", 300]
+    call("train", "--data", tmp_path, "--out", tmp_path / "run", "--steps", 2, *sizes)
+    record = tmp_path / "run" / "stages.json"
+    facts = json.loads(record.read_text(encoding="utf-8"))
+    record.write_text(json.dumps({k: facts[k] for k in ("tokenizer", "tokens")}), encoding="utf-8")
+    output = call("train", "--data", tmp_path, "--out", tmp_path / "run", "--steps", 2, *sizes)
+    assert "training" in output and "tokens  " not in output
+    output = call("train", "--data", tmp_path, "--out", tmp_path / "other", "--steps", 2, *sizes)
+    assert "30 files (30 .txt); left out: 2 run folders" in output
+
+
+def test_a_typo_in_data_trains_on_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-book").mkdir()
+    for command in ("build", "train", "eval"):
+        output = call(command, "--data", "my-bok", *(["--out", "run"] if command != "eval" else []), code=2)
+        assert "Did you mean my-book?" in output and not (tmp_path / "run" / "tokenizer.bpe").exists()
+
+
+def test_every_option_named_in_a_message_exists():
+    import re
+    import typer.main
+    group = typer.main.get_command(cli.app)
+    known = {o for c in [group, *group.commands.values()] for p in c.params for o in p.opts + p.secondary_opts}
+    foreign = {"--allow-root", "--force-reinstall", "--upgrade", "--nproc-per-node", "--no-deps", "--standalone",
+               "--help"}  # of jupyter, pip and torchrun
+    for path in sorted((ROOT / "llm_course").rglob("*.py")):
+        named = set(re.findall(r"(?<![\w(-])--[a-z][a-z-]+", path.read_text(encoding="utf-8")))
+        assert named <= known | foreign, (path, named - known - foreign)
+
+
+def test_a_letter_that_is_unknown_does_not_end_the_chat(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    call("train", "--data", tmp_path / "a.txt", "--out", tmp_path / "run", "--preset", "tiny", "--layers", 1,
+         "--width", 32, "--steps", 2, "--device", "cpu", "--tokenizer", "char")
+    output = call("chat", tmp_path / "run", "--tokens", 3, "--device", "cpu", stdin="The \u6f22\nThe cat\n")
+    assert "\u6f22" in output and output.rstrip().splitlines()[-1].startswith("The cat")

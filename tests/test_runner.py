@@ -200,3 +200,32 @@ if __name__ == "__main__":
         Count(minutes=1, pause=0.01), place, save_every=10**6,
         watch=lambda job: (place / "begun").touch(),
     )  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other locks")
+@pytest.mark.parametrize("number", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_worked_on_alone(tmp_path, monkeypatch, number, capsys):
+    import errno
+    import fcntl
+    from llm_course.core import folder_lock
+
+    def flock(*_):
+        raise OSError(getattr(errno, number), "no locks here")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with folder_lock(tmp_path):
+        assert "can't be locked" in capsys.readouterr().out
+    (tmp_path / "lock").write_text("process 1 on elsewhere\n", encoding="utf-8")
+    with pytest.raises(BlockingIOError, match="process 1 on elsewhere"), folder_lock(tmp_path):
+        pass
+
+
+def test_float16_without_a_finite_gradient_is_stopped_and_its_layer_named():
+    import torch
+    from llm_course.train.precision import LossScale
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].weight.grad = torch.full((2, 2), float("inf"))
+    scale, bad = LossScale(torch.float16), torch.tensor(float("inf"))
+    for _ in range(19):
+        assert not scale.update(bad, model)
+    with pytest.raises(FloatingPointError, match=r"20 float16 steps .* not finite in 1\.weight"):
+        scale.update(bad, model)

@@ -204,7 +204,7 @@ def finish_step(
     self.pending.append((self.step + 1, loss, norm))
     if self.device.type == "cpu":
         self.check_finite()
-    if self.scale.update(norm):
+    if self.scale.update(norm, self.model):
         self.optimizer.step(self.rate_now())
     self.optimizer.zero_grad()
     self.progress.step += 1

@@ -84,6 +84,14 @@ def compiled_like(
     return _compiled(fn) if on_gpu else fn
 
 # %% ../../nbs/39a_train.precision.ipynb #d8286579
+def _never_finite(model: nn.Module | None) -> str:
+    "Which layer has no finite gradient in float16, and what to do."
+    named = [] if model is None else model.named_parameters()
+    bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+    where = f" in {bad[-1]}" if bad else ""
+    return (f"20 float16 steps in a row had a gradient that is not finite{where}: nothing was "
+            "learned in them. Use bfloat16 or float32, or a lower learning rate")
+
 class LossScale:
     "The factor that keeps float16 gradients in range; 1 for any other precision."
     def __init__(
@@ -92,17 +100,20 @@ class LossScale:
         patience: int = 2000,# Good steps before the factor is doubled
     ):
         self.active, self.patience = dtype == torch.float16, patience
-        self.factor, self.good = (2.0**16 if self.active else 1.0), 0
+        self.factor, self.good, self.bad = (2.0**16 if self.active else 1.0), 0, 0
 
     def update(
         self,
         norm: Tensor, # Length of the gradient
+        model: nn.Module | None = None, # Has the gradient; is named when it is never finite
     ) -> bool:        # Should the step be made?
         "Learn from a gradient: halve after an overflow, double after many good steps."
         if not self.active:
             return True
         good = bool(norm.isfinite())
-        self.good = self.good + 1 if good else 0
+        self.good, self.bad = (self.good + 1, 0) if good else (0, self.bad + 1)
+        if self.bad == 20:
+            raise FloatingPointError(_never_finite(model))
         if not good or self.good == self.patience:
             self.factor, self.good = self.factor * (2.0 if good else 0.5), 0
         return good

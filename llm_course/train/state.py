@@ -88,8 +88,8 @@ def check_finite(self: TrainingRun) -> None:
         lengths = ", ".join(f"{norm:.2g}" for norm in list(self.norms)[-8:])
         raise FloatingPointError(
             f"the loss or its gradient is not a finite number in step {first}. The last lengths of "
-            f"the gradient: {lengths}. The last checkpoint is from before and is good: go back to "
-            "it with half the learning rate")
+            f"the gradient: {lengths}. Begin anew in another folder, with half the learning rate; "
+            "the last checkpoint here, from before, is good, but its rate can't change")
 
 # %% ../../nbs/40f_train.state.ipynb #3d7f351d
 @patch
