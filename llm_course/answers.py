@@ -103,14 +103,16 @@ def plain_answer(
         return _pack([plain_answer(y, most) for _, y in zip(range(most), parts)])
     return x
 
-# %% ../nbs/00b_answers.ipynb #44725413
+# %% ../nbs/00b_answers.ipynb #ad02f759
 def _is_numeric(x: Any) -> bool:
     return isinstance(x, (bool, int, float, complex, np.ndarray))
 
 def _least(x: Any, tol: float) -> float:
     "The absolute tolerance for an answer: `tol`, less where all its numbers are small."
     largest = 0.0
-    if _is_numeric(x):
+    if isinstance(x, (bool, int, float)):
+        largest = abs(x) if x - x == 0 else 0.0
+    elif _is_numeric(x):
         finite = np.abs(np.asarray(x, dtype=complex if np.iscomplexobj(x) else float))
         finite = finite[np.isfinite(finite)]
         largest = float(finite.max()) if finite.size else 0.0
@@ -126,9 +128,11 @@ def _close(w: np.ndarray, g: np.ndarray, tol: float, least: float) -> np.ndarray
     with np.errstate(all="ignore"):
         return np.isclose(g, w, rtol=tol, atol=least, equal_nan=True)
 
-# %% ../nbs/00b_answers.ipynb #248d03dd
+# %% ../nbs/00b_answers.ipynb #845ff24f
 def _differences(w: Any, g: Any, tol: float, least: float, path: tuple = ()) -> list:
     "The differing places: (path, wanted, got), or (path, None, words) where no values compare."
+    if isinstance(w, (bool, int, float)) and isinstance(g, (bool, int, float)):
+        return [] if _near(w, g, tol, least) else [(path, w, g)]
     if _is_numeric(w) and _is_numeric(g):
         w, g = np.asarray(w), np.asarray(g)
         if {w.shape, g.shape} == {(), (1,)}:
@@ -153,7 +157,15 @@ def _differences(w: Any, g: Any, tol: float, least: float, path: tuple = ()) -> 
         return [d for k in w for d in _differences(w[k], g[k], tol, _least(w[k], tol), (*path, k))]
     return [] if _equal(w, g) else [(path, w, g)]
 
-# %% ../nbs/00b_answers.ipynb #9cf5b8c6
+# %% ../nbs/00b_answers.ipynb #53845980
+def _near(w: float, g: float, tol: float, least: float) -> bool:
+    "Do two numbers agree? As `_close`, twenty times as fast."
+    if w == g or (w != w and g != g):
+        return True
+    if isinstance(w, int) and isinstance(g, int) or not (w - w == 0 and g - g == 0):
+        return False
+    return abs(w - g) <= least + tol * abs(w)
+
 def _equal(w: Any, g: Any) -> bool:
     "Are two values equal that are no numbers and no containers of them? Only of one type."
     if w is g:

@@ -211,8 +211,8 @@ def _spoilt(case: tuple, args: tuple) -> list:
     return [n for n, (a, b) in enumerate(zip(case, args), 1)
             if not isinstance(a, same) and first_difference(a, plain_answer(b), 0.0)]
 
-# %% ../nbs/00d_check.ipynb #32df4871
-def _run_case(fn: Callable, case: tuple, seconds: float = 5.0) -> _Outcome:
+# %% ../nbs/00d_check.ipynb #c15993b9
+def _run_case(fn: Callable, case: tuple, seconds: float = 5.0, spoilt: bool = True) -> _Outcome:
     "Call `fn` once on a copy of the case and note all that it does; nothing is raised."
     args, out, done = _copy(tuple(case)), _Short(), _Outcome()
     def body():
@@ -222,7 +222,7 @@ def _run_case(fn: Callable, case: tuple, seconds: float = 5.0) -> _Outcome:
             if isinstance(answer, types.CoroutineType):
                 answer.close()
             done.value = plain_answer(answer)
-            done.changed = _spoilt(case, args)
+            done.changed = _spoilt(case, args) if spoilt else []
         except _TimeUp:
             raise
         except BaseException as error:
@@ -366,7 +366,7 @@ def _differs(self: Exercise, i: int, got: _Outcome) -> str:
         return "" if got.error == want.error else "an error"
     return first_difference(want.value, got.value, self.tol)
 
-# %% ../nbs/00d_check.ipynb #52c80707
+# %% ../nbs/00d_check.ipynb #c5a67e0b
 @patch
 def _names(self: Exercise, outcomes: list) -> list:
     "The mistakes whose wrong program gives these answers in all cases."
@@ -377,12 +377,18 @@ def _names(self: Exercise, outcomes: list) -> list:
     found = []
     for name, programs in self.misconceptions.items():
         for program in programs if isinstance(programs, list) else [programs]:
-            if id(program) not in self._wrong:
-                self._wrong[id(program)] = _run_all(program, self.cases, self.seconds)
-            known = self._wrong[id(program)]
-            if all(map(same, outcomes, known)) and name not in found:
+            fits = all(same(o, self._known(program, i)) for i, o in enumerate(outcomes))
+            if fits and name not in found:
                 found.append(name)
     return found
+
+@patch
+def _known(self: Exercise, program: Callable, i: int) -> _Outcome:
+    "What the wrong program answers to case `i`; it is asked once."
+    if (id(program), i) not in self._wrong:
+        case = self.cases[i]
+        self._wrong[id(program), i] = _run_case(program, case, self.seconds, spoilt=False)
+    return self._wrong[id(program), i]
 
 # %% ../nbs/00d_check.ipynb #50710160
 def _is_stub(fn: Callable) -> bool:

@@ -12,8 +12,10 @@ import threading
 import time
 import warnings
 
+import mutate
 import numpy as np
 import pytest
+import rules
 import torch
 
 from llm_course.answers import answers_agree, find_relation, plain_answer
@@ -534,3 +536,18 @@ def test_a_check_is_quick():
         assert best < 0.05
 
 
+
+
+# --- Mutations ------------------------------------------------------------------------------------
+
+
+def test_a_mutation_that_no_case_notices_is_listed():
+    cell = rules.Cell(
+        "mine", "code", "def mine(x, most):\n    return x if x > most else most\n", {}, []
+    )
+    tame = Exercise("cut", lambda x, most: max(x, most), [(3, 1)])
+    telling = Exercise("cut", lambda x, most: max(x, most), [(3, 1), (1, 3)])
+    changes, left = mutate.survivors(cell, {}, tame, "mine")
+    assert changes == 3
+    assert sorted(left) == ["return x", "return x if x >= most else most"]
+    assert mutate.survivors(cell, {}, telling, "mine")[1] == ["return x if x >= most else most"]

@@ -1,0 +1,145 @@
+"""Change every solution of the exercises in one place, and list the changes that no case notices.
+
+    python tests/mutate.py                 # all lessons: how many changes, which survive
+    python tests/mutate.py 22_tokens.bpe   # some
+
+A survivor is a gap in the cases, unless the changed program does the same: those that were looked
+at and do the same are in EQUAL. `test_check.py` mutates a sample.
+"""
+
+import ast
+import copy
+import sys
+
+sys.path[:0] = [".", "tests"]
+
+SWAPS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Div, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.And: ast.Or, ast.Or: ast.And,
+}
+NAMES = {
+    "min": "max", "max": "min", "sum": "max", "any": "all", "all": "any", "floor": "ceil",
+    "ceil": "floor", "exp": "log", "log": "exp", "sum_": "mean", "mean": "sum", "sin": "cos",
+    "cos": "sin", "argmax": "argmin", "argmin": "argmax", "triu": "tril", "tril": "triu",
+}
+
+# Changes (exercise, the changed line) that were looked at and make no difference to any input.
+EQUAL = {
+    ("ex_top_p", "before = ranked.cumsum(-1) - ranked"),  # rows of one dimension only
+    ("ex_temperature", "return (logits / temperature).softmax(dim=-0)"),
+}
+
+
+def variants(node: ast.AST) -> list:
+    "What one node may be changed into."
+    made = []
+    for field in ("op", "ops"):
+        ops = getattr(node, field, None)
+        for i, op in enumerate(ops if isinstance(ops, list) else [ops] if ops else []):
+            if swap := SWAPS.get(type(op)):
+                new = copy.deepcopy(node)
+                if isinstance(ops, list):
+                    new.ops[i] = swap()
+                else:
+                    new.op = swap()
+                made.append(new)
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        made += [ast.Constant(node.value + step) for step in (1, -1)]
+    if isinstance(node, ast.Constant) and type(node.value) is bool:
+        made.append(ast.Constant(not node.value))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
+        made.append(copy.deepcopy(node.operand))
+    if isinstance(node, ast.Name) and node.id in NAMES:
+        made.append(ast.Name(NAMES[node.id], node.ctx))
+    if isinstance(node, ast.Attribute) and node.attr in NAMES:
+        made.append(ast.Attribute(node.value, NAMES[node.attr], node.ctx))
+    if isinstance(node, ast.IfExp):
+        made += [copy.deepcopy(node.body), copy.deepcopy(node.orelse)]
+    return made
+
+
+def mutants(tree: ast.Module) -> list:
+    "(changed tree, its changed line) for each single change inside the functions of a cell."
+    count = sum(1 for _ in ast.walk(tree))
+    found = []
+    for k in range(count):
+        for n in range(len(variants(nth(tree, k)[0]))):
+            new = copy.deepcopy(tree)
+            node, parent, field, index = nth(new, k)
+            if parent is None:
+                continue
+            change = variants(node)[n]
+            if index is None:
+                setattr(parent, field, change)
+            else:
+                getattr(parent, field)[index] = change
+            ast.fix_missing_locations(new)
+            before, after = ast.unparse(tree).splitlines(), ast.unparse(new).splitlines()
+            line = next((b for a, b in zip(before, after) if a != b), "")
+            if line:
+                found.append((new, line.strip()))
+    return found
+
+
+def nth(tree: ast.AST, k: int) -> tuple:
+    "(node, parent, field, index) of the k-th node, in the order of a walk."
+    todo, seen = [(tree, None, "", None)], 0
+    while todo:
+        at = todo.pop(0)
+        if seen == k:
+            return at
+        seen += 1
+        for field, value in ast.iter_fields(at[0]):
+            if isinstance(value, ast.AST):
+                todo.append((value, at[0], field, None))
+            elif isinstance(value, list):
+                todo += [(v, at[0], field, i) for i, v in enumerate(value) if isinstance(v, ast.AST)]
+    return tree, None, "", None
+
+
+def survivors(cell, space: dict, exercise, function: str, name: str = "") -> tuple:
+    "(number of changes, the changed lines that pass) for the solution in one cell."
+    body = [n for n in cell.tree.body if isinstance(n, ast.FunctionDef)]
+    all_changes = mutants(ast.Module(body, []))
+    passed, seconds = [], exercise.seconds
+    exercise.seconds = 0.5
+    for tree, line in all_changes:
+        inside = dict(space)
+        try:
+            exec(compile(tree, cell.id, "exec"), inside)
+            right = exercise.diagnose(eval(function, inside)) is None
+        except Exception:
+            continue
+        if right and (name, line) not in EQUAL:
+            passed.append(line)
+    exercise.seconds = seconds
+    return len(all_changes), passed
+
+
+def run(names: list) -> tuple:
+    "Mutate the solutions of some lessons: (changes, [(lesson, exercise, line)])."
+    import test_exercises as t
+
+    total, left = 0, []
+    for lesson in t.LESSONS:
+        if names and lesson.name not in names:
+            continue
+        found = t.Collected(lesson)
+        for cell in lesson.code_cells:
+            for name, function in t.checks(cell):
+                if name in found.exercises and not cell.skipped and not t.defines_exercise(cell):
+                    exercise = found.exercises[name]
+                    n, lines = survivors(cell, found.space, exercise, function, name)
+                    total += n
+                    left += [(lesson.name, name, line) for line in lines]
+    return total, left
+
+
+if __name__ == "__main__":
+    changes, passing = run(sys.argv[1:])
+    for place in passing:
+        print(*place, sep="  ")
+    print(f"{changes} changes, {len(passing)} survive")
