@@ -154,18 +154,17 @@ def test_out_of_memory_names_the_number_to_halve_and_the_smaller_batch_goes_on(t
     assert "trained     2 steps" in call(*arguments, "--batch-size", 8, "--accumulate", 2)
 
 
-def test_more_than_there_is_warns_before_the_start(monkeypatch):
+def test_more_than_there_is_is_refused_before_the_start(monkeypatch):
     import torch
 
     from llm_course.data.shards import Shards
     from llm_course.train import plan
     row = torch.randint(0, 50, (5000,)).numpy().astype("<u2")
     shards = Shards(None, {"end_id": 0, "vocab_size": 50}, [row])
-    said = []
     monkeypatch.setattr(plan, "device_memory", lambda device: 1_000_000)
     preset = plan.PRESETS["tiny"].with_changes({"n_layers": 1, "d_model": 32, "context_length": 32, "steps": 1})
-    plan.make_plan(preset, shards, plan.Machine(compile="off"), torch.device("cpu"), say=said.append)
-    assert len(said) == 1 and said[0].startswith("warning") and "--batch-size 8" in said[0]
+    with pytest.raises(MemoryError, match="needs about .* GB.*--batch-size 8"):
+        plan.make_plan(preset, shards, plan.Machine(compile="off"), torch.device("cpu"))
 
 
 def test_loss_that_is_no_number_stops_with_the_lengths_of_the_gradient(text):

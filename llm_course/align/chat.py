@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from ..core import asset
 from ..data.files import read_json_lines
+from ..guard import reads
 from ..model.files import load_model
 from ..model.gpt import GPT
 from ..tokens.exchange import load_tokenizer
@@ -228,6 +229,7 @@ def _read_messages(
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 # %% ../../nbs/71a_align.chat.ipynb #c0500d41
+@reads("file of conversations")
 def read_chats(
     path: str | Path,                   # Lines {"messages": [...]}
     tokenizer: Tokenizer | None = None, # Knows `CHAT_TOKENS`; needed to measure lengths

@@ -11,6 +11,7 @@ from itertools import combinations, product
 from pathlib import Path
 from .chat import Examples, check_messages, render
 from ..data.files import read_json_lines
+from ..guard import reads
 from ..tokens.text import Tokenizer
 from ..world.talk import AnswerPair
 from ..world.writers import say
@@ -200,6 +201,7 @@ def _find_trouble(
     return ""
 
 # %% ../../nbs/71c_align.pairs.ipynb #bc09f333
+@reads("file of pairs")
 def read_pairs(
     path: str | Path,                   # Lines in one of the forms above
     tokenizer: Tokenizer | None = None, # Knows `CHAT_TOKENS`; needed to measure lengths

@@ -37,11 +37,29 @@ class Exchange:
     def decision(self, generation: int) -> tuple[list, list] | None:
         "Whose scores count, and who shares the next generation; None: not decided."
         key = f"{generation}/decision"
-        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+        return self.understood(key) if self.store.check([key]) else None
 
     def members(self, generation: int) -> list[int]:
         "The workers that share a generation: all, until a decision says otherwise."
         return (self.decision(generation - 1) or (0, list(range(self.workers))))[1]
+
+# %% ../../nbs/64_evolve.distributed.ipynb #61f7d4f4
+@patch
+def understood(
+    self: Exchange,
+    key: str, # Of a decision
+) -> tuple[list, list]: # Whose scores count, and who shares the next generation
+    "Read a decision at once, or raise `RuntimeError`: nobody waits for workers that are none."
+    text = self.store.get(key)
+    try:
+        here, members = json.loads(text)
+        good = {*here} <= {*range(self.workers)} and {*members} <= {*range(self.workers)}
+    except (ValueError, TypeError, RecursionError):
+        good = False
+    g = key.split("/")[0]
+    if not (good and members and all(self.store.check([f"{g}/{r}"]) for r in here)):
+        raise RuntimeError(f"{key} in the store is no decision of these workers: {text[:60]!r}")
+    return here, members
 
 # %% ../../nbs/64_evolve.distributed.ipynb #829cca33
 @patch
@@ -118,6 +136,9 @@ def collect_scores(
                                f"generation {g}: use the same seed, and machines of one kind")
         own = blocks_of_worker(members, r, es.population, block)
         rows = [i for s in own for i in range(s.start, s.stop)]
+        if len(share) != 8 + 4 * len(rows):
+            raise RuntimeError(f"worker {r} sent {len(share) - 8} bytes of scores in generation "
+                               f"{g}, and {len(rows)} candidates need {4 * len(rows)}")
         scores[rows] = torch.frombuffer(bytearray(share[8:]), dtype=torch.float32)
         present[rows] = True
     return scores, present

@@ -152,8 +152,8 @@ def open_parts(
     "Open both parts of a text in tokens."
     train, valid = (Path(folder) / part for part in _PARTS)
     if (valid / SHARDS_HEADER).is_file():
-        return Shards(train), Shards(valid)
-    shards = Shards(train if (train / SHARDS_HEADER).is_file() else folder)
+        return Shards(train, check=True), Shards(valid, check=True)  # a flipped bit is a lie
+    shards = Shards(train if (train / SHARDS_HEADER).is_file() else folder, check=True)
     return shards.split(min(0.1, 1e7 / shards.n_tokens))
 
 def token_parts(
@@ -270,7 +270,7 @@ def _plan_stage(
     "Stage 3: decide the model's sizes and the budget, and say so."
     s, (shards, _) = run.settings, token_parts(run.folder, run.facts)
     stretch = 4 if isinstance(s.size, int) and "context_length" not in (s.changes or {}) else 1
-    plan = make_plan(s.preset(), shards, run.machine, run.device, stretch, run.reporter.say)
+    plan = make_plan(s.preset(), shards, run.machine, run.device, stretch)
     for line in plan.describe(run.device.type):
         run.reporter.say(line)
     return {**asdict(plan), "device": run.device.type}

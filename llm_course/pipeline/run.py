@@ -80,6 +80,8 @@ def check(
     if self.vocab_size is not None and self.tokenizer != "char" and self.vocab_size < 257:
         raise ValueError(
             f"vocab_size is {self.vocab_size}; expected 257 or more: all bytes, an end")
+    if self.budget and not (self.budget.minutes or self.budget.steps) < 1e9:
+        raise ValueError(f"{self.budget} never ends; expected less than a billion")
     self.preset()
 
 # %% ../../nbs/95b_pipeline.run.ipynb #d308f3e2
@@ -237,8 +239,7 @@ def asked(
 ) -> Settings:    # Nothing of it is a default
     "What is chosen now, and what was asked for before in this folder. Other data begin anew."
     given, before = self._with_paths(), _read_settings(folder / "config.json")[0]
-    if before is None:
-        return given
+    before = before or Settings()
     if given.data not in (None, before.data):
         before = replace(before, **dict.fromkeys(_OF_THE_TEXT))
     return before.renewed(given)

@@ -165,21 +165,21 @@ def rate_now(self: Trainer) -> float: # Factor for the learning rates
 
 # %% ../../nbs/41_train.loop.ipynb #bc36472e
 @patch
-def take_step(self: Trainer) -> Tensor: # Mean loss, nats per token; stays on the device
+def take_step(self: Trainer) -> Tensor | None: # Mean loss, nats per token; None: given up
     "One step of the optimiser, from `config.accumulate` batches; of several processes, a share."
-    batches = [next(self.batches) for _ in range(self.config.accumulate)]
-    n, loss = sum(map(count_targets, batches)), torch.zeros((), device=self.device)
+    loss = torch.zeros((), device=self.device)
     factor = self.scale.factor * (world_size() if is_wrapped(self.model) else 1)
     nats = lean_nats if fits_lean(self.model, self.dtype) else summed_loss
-    for i, batch in enumerate(batches, 1):
+    for batch, n, last in self.step_batches(self.config.accumulate, count_targets):
         tokens, targets, _ = batch_to_device(share_of_batch(batch), self.device)
-        with hold_back_gradients(self.model, last=i == len(batches)):
+        with hold_back_gradients(self.model, last=last):
             part = nats(self.model, tokens, targets, self.dtype) / n
             (part * factor).backward()
         loss += part.detach()
-    self.finish_step(loss)
-    self.progress.tokens += n
-    return loss
+    if self.n_targets:
+        self.finish_step(loss * self.even_out())
+        self.progress.tokens += self.n_targets
+    return self.recent[-1] if self.n_targets else None
 
 # %% ../../nbs/41_train.loop.ipynb #49b0007f
 @patch

@@ -345,6 +345,25 @@ def measure_speed(
     start = len(times) > 1  # skip the first
     return sum(tokens[start:]) / sum(times[start:]), sum(tokens) // len(tokens)
 
+# %% ../../nbs/47b_train.plan.ipynb #af02519e
+_TOKEN = 17  # bytes of a batch in memory: a token and a target of 8, and whether it counts
+
+@patch
+def check_fit(
+    self: Plan,
+    machine: Machine,     # How
+    device: torch.device, # Where
+    need: MemoryNeed,     # From `Plan.memory`
+) -> None:
+    "Raise `MemoryError`, before anything is made, for what is larger than the device."
+    has = device_memory(device) or math.inf
+    rows = _TOKEN * self.batch_size * self.model.context_length
+    if max(need.total, rows) > has:
+        raise MemoryError(f"{_describe_need(need, device)}. {self.advice(machine)}")
+    if self.training.accumulate * rows > 1 << 50:
+        raise ValueError(f"accumulate is {self.training.accumulate:,}: a step would read "
+                         f"{self.training.accumulate * rows / _TOKEN:.1g} tokens and never end")
+
 # %% ../../nbs/47b_train.plan.ipynb #188c1ebd
 def make_plan(
     preset: Preset,        # Sizes, rates, budget
@@ -352,16 +371,14 @@ def make_plan(
     machine: Machine,      # How
     device: torch.device,  # Where
     stretch: int = 1,      # How many times longer the context may become, to hold whole documents
-    say: Callable = print, # Is told when the memory may not be enough
 ) -> Plan:                 # Complete
     "Decide what will be trained, and measure what it will take."
     plan = preset.outline(shards, stretch)
-    with torch.device("meta"):
-        plan = replace(plan, parameters=count_params(GPT(plan.model)))
     plan.check_share()
     need = plan.memory_here(machine, device)
-    if need.total > (device_memory(device) or math.inf):
-        say(f"warning     {_describe_need(need, device)}. {plan.advice(machine)}")
+    plan.check_fit(machine, device, need)
+    with torch.device("meta"):
+        plan = replace(plan, parameters=count_params(GPT(plan.model)))
     with plan.guard_memory(machine, device, need):
         speed, tokens = plan.measure_speed(shards, machine, device)
     gc.collect()  # nothing of the copy may be left when the model itself is made

@@ -51,6 +51,7 @@ class Job:
     step = 0        # Steps that are done: `take_step` counts them
     seconds = 0.0   # Time that was used, pauses left out: the runner sets it
     started = 0.0   # When it began, by `time.perf_counter`, pauses left out: the runner sets it
+    asked = ()      # Fills when somebody asks to stop: a long step may give up; the runner sets it
     stopped = ""    # Why it is over before its budget is used: `evaluate` may say so
 
     def take_step(self) -> None:
@@ -163,7 +164,12 @@ def run_job(
     with gentle_interrupt() as noted, lock_folder(folder), lost_process(folder):
         _begin(job, files)
         while not _is_over(job):
+            step, job.asked = job.step, noted
             _step_or_save(job, files if save_on_error else None)
+            if job.step == step and noted:  # given up: all is as it was before
+                if files:
+                    files.write(job.step, *whole_state(job))
+                _interrupt(job, folder)
             job.seconds = from_first(time.perf_counter() - job.started)
             asked = _look(job, files, eval_every or save_every, watch, noted)
             if files and (asked or _is_over(job) or job.step % save_every == 0):

@@ -10,10 +10,10 @@ import json, math
 from collections import deque
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 import torch
 from torch import Tensor, nn
-from ..core import patch
+from ..core import patch, random_state, set_random_state
 from ..model.gpt import plain_model
 from .checkpoint import (
     BEST_FILE, collect_random_states, group_tensors, load_weights, read_checkpoint,
@@ -135,6 +135,37 @@ def load_state(
     self.scale.factor, self.scale.good = facts["scale"]
     self.recent = [loss / world_size() for loss in tensors["losses.recent"].to(self.device)]
     restore_random_states(self.device, tensors_of_group(tensors, "random"), facts["random"])
+
+# %% ../../nbs/40f_train.state.ipynb #332fe5e9
+@patch
+def step_batches(
+    self: TrainingRun,
+    k: int,          # Batches in a step
+    count: Callable, # Batch -> how many of its targets count
+) -> Iterator[tuple]: # Batch, how many targets the step may have, and whether it is the last
+    "Draw the batches of a step one by one; give the step up if somebody asks to stop."
+    place = (self.batches.state_dict(), random_state(self.device)) if k > 1 and hasattr(
+        self.batches, "state_dict") else None
+    self.n_targets = self.n_expected = 0
+    for i in range(1, k + 1):
+        batch = next(self.batches)
+        self.n_targets += count(batch)
+        self.n_expected = self.n_expected or k * self.n_targets  # the first one, k times
+        yield batch, self.n_expected, i == k
+        if place and i < k and self.asked and world_size() == 1:
+            self.optimizer.zero_grad()
+            self.batches.load_state_dict(place[0])
+            set_random_state(self.device, *place[1])
+            self.n_targets = 0  # as if the step had not begun
+            return
+
+@patch
+def even_out(self: TrainingRun) -> float: # What the loss must be multiplied by, too
+    "After the last batch of a step it is known how many targets there were."
+    factor = self.n_expected / self.n_targets
+    if factor != 1:
+        torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], factor)
+    return factor
 
 # %% ../../nbs/40f_train.state.ipynb #fe6c519f
 @patch

@@ -1,0 +1,217 @@
+"Files, names and numbers as a stranger would send them: one sentence with the file's name, and nothing foreign touched."
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from llm_course.align.chat import CHAT_TOKENS, read_chats
+from llm_course.align.pairs import read_pairs
+from llm_course.align.panel import read_judgements
+from llm_course.align.reward_model import RewardModel, load_reward, save_reward
+from llm_course.core import folder_lock
+from llm_course.data.files import read_json_lines
+from llm_course.data.shards import Shards, write_shards
+from llm_course.model.files import load_model, save_model
+from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.pipeline.build import load_run
+from llm_course.pipeline.run import Run, Settings, read_json, read_stages
+from llm_course.tokens.exchange import load_tokenizer
+from llm_course.tokens.formats import read_ranks, write_ranks
+from llm_course.tokens.text import CharTokenizer
+from llm_course.train.checkpoint import read_checkpoint, write_checkpoint
+
+posix = pytest.mark.skipif(os.name == "nt", reason="links and pipes as Unix has them")
+HUGE = 10 ** 18
+STRANGE = [None, True, "x", "\x1b[31m", -1, 0, 3, 2.5, float("nan"), float("inf"), HUGE, [], [1], {}, {"a": 1},
+           [[[[[1]]]]]]
+
+
+def paths_in(value, path=()):
+    "Every place in a JSON value."
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from paths_in(inner, (*path, key))
+
+
+def changed(value, path, new):
+    "The value with another one in a place; `...` removes it."
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    if new is ... and len(path) == 1:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = changed(copy[path[0]], path[1:], new)
+    return copy
+
+
+def mutants(value):
+    "A JSON text for each field that is removed or is something else."
+    for path in paths_in(value):
+        for new in [*STRANGE, ...] if path else STRANGE:
+            yield json.dumps(changed(value, path, new))
+
+
+def with_header(content, **metadata):
+    "A safetensors file with another header."
+    return save(load(content), metadata)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "One good file of each kind."
+    folder = tmp_path_factory.mktemp("good")
+    tokenizer = CharTokenizer.train("abc def", ("<|endoftext|>", *CHAT_TOKENS))
+    tokenizer.save(folder / "tokenizer.bpe")
+    model = GPT(GPTConfig(tokenizer.vocab_size, 8, 8, 1, 1))
+    save_model(model, folder / "model.safetensors")
+    save_reward(RewardModel(model), folder / "reward.safetensors")
+    write_checkpoint(folder / "step.safetensors", {"a": torch.ones(3)}, {"step": 1, "settings": {"lr": 0.1}})
+    write_ranks({b"a": 0, b"b": 1}, folder / "ranks.tiktoken")
+    write_shards(["abc", "def"], tokenizer, folder / "shards")
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": said}) + "\n", encoding="utf-8")
+    (folder / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n",
+                                        encoding="utf-8")
+    (folder / "judged.jsonl").write_text(json.dumps(
+        {"messages": said[:1], "left": "b", "right": "c", "choice": "left"}) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({"settings": Settings("world", size=1).filled().to_dict()}),
+                                        encoding="utf-8")
+    return folder
+
+
+READERS = {"model.safetensors": load_model, "reward.safetensors": load_reward, "step.safetensors": read_checkpoint,
+           "tokenizer.bpe": load_tokenizer, "ranks.tiktoken": read_ranks, "chats.jsonl": read_chats,
+           "pairs.jsonl": read_pairs, "judged.jsonl": read_judgements, "config.json": read_json,
+           "shards/shards.json": lambda path: Shards(path.parent, check=True)}
+
+
+def bears(reader, path):
+    "A reader may take a file, or say in one sentence what is wrong; nothing else."
+    try:
+        return reader(path)
+    except (ValueError, OSError) as error:
+        text = str(error)
+        assert path.name in text or path.parent.name in text, text
+        return None
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_that_is_cut_empty_or_noise_is_one_sentence(name, copy):
+    path = copy / name
+    good = path.read_bytes()
+    for i in range(0, len(good), max(1, len(good) // 40)):
+        path.write_bytes(good[:i])
+        bears(READERS[name], path)
+        path.write_bytes(good[:i] + bytes([good[i] ^ 0x55]) + good[i + 1:])
+        bears(READERS[name], path)
+    for noise in (b"", b"\0" * 100, b"\xff\xfe\x00", b"null", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000):
+        path.write_bytes(noise)
+        bears(READERS[name], path)
+
+
+@posix
+@pytest.mark.parametrize("name", READERS)
+def test_a_folder_a_pipe_or_a_lost_link_in_place_of_a_file_is_one_sentence(name, copy):
+    path = copy / name
+    path.unlink()
+    for make in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("nowhere"), lambda: None):
+        make()
+        done = []
+        thread = threading.Thread(target=lambda: done.append(bears(READERS[name], path)), daemon=True)
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive(), f"{name}: waits for ever"
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        elif os.path.lexists(path):
+            path.unlink()
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "pairs.jsonl", "judged.jsonl", "config.json", "shards/shards.json"])
+def test_each_field_that_is_removed_or_of_another_kind_is_one_sentence(name, copy):
+    path = copy / name
+    for text in mutants(json.loads(path.read_text(encoding="utf-8"))):
+        path.write_text(text + "\n", encoding="utf-8")
+        bears(READERS[name], path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "reward.safetensors"])
+def test_each_field_of_a_model_that_is_of_another_kind_is_one_sentence(name, copy):
+    path = copy / name
+    content = path.read_bytes()
+    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    for text in mutants(json.loads(header["config"])):
+        path.write_bytes(with_header(content, **{**header, "config": text}))
+        model = bears(READERS[name], path)
+        if name == "model.safetensors" and model is not None:
+            assert model(tokens).shape == (1, 4, model.config.vocab_size)
+    for key in header:
+        path.write_bytes(with_header(content, **{k: v for k, v in header.items() if k != key}))
+        assert bears(READERS[name], path) is None
+
+
+def test_a_header_that_asks_for_much_is_refused_before_anything_is_made(copy):
+    content = (copy / "model.safetensors").read_bytes()
+    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    for name, value in (("n_layers", 10_000), ("context_length", 10**9), ("d_model", 10**6), ("vocab_size", 10**9)):
+        config = {**json.loads(header["config"]), name: value}
+        (copy / "model.safetensors").write_bytes(with_header(content, **{**header, "config": json.dumps(config)}))
+        with pytest.raises(ValueError, match="model.safetensors"):
+            load_model(copy / "model.safetensors")
+
+
+def test_settings_and_stages_of_a_run_that_are_of_another_kind_are_one_sentence(copy):
+    stages = {"tokenizer": {"source": "world"}, "plan": {"documents": True}}
+    (copy / "stages.json").write_text(json.dumps(stages), encoding="utf-8")
+    assert load_run(copy).documents
+    for text in mutants(json.loads((copy / "config.json").read_text(encoding="utf-8"))):
+        (copy / "config.json").write_text(text, encoding="utf-8")
+        bears(lambda path: Settings().settle(path.parent), copy / "config.json")
+    for text in mutants(stages):
+        (copy / "stages.json").write_text(text, encoding="utf-8")
+        bears(lambda path: load_run(path.parent), copy / "stages.json")
+        bears(read_stages, copy / "stages.json")
+    (copy / "stages.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no stages.json"):
+        load_run(copy)
+
+
+# --- Files outside the run ----------------------------------------------------------------------
+
+@posix
+@pytest.mark.parametrize("name", ["lock", "tokens", "checkpoints", "config.json", "tokens/train"])
+def test_nothing_is_written_through_a_link(name, tmp_path):
+    from llm_course.pipeline.run import run_stages
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "thesis.txt").write_text("three years", encoding="utf-8")
+    run = tmp_path / "run"
+    (run / name).parent.mkdir(parents=True)
+    (run / name).symlink_to(outside / "thesis.txt" if name in ("lock", "config.json") else outside)
+    with pytest.raises(ValueError):
+        run_stages(run, Settings("world", size=1), lambda s: {})
+    assert (outside / "thesis.txt").read_text(encoding="utf-8") == "three years"
+    assert [p.name for p in outside.iterdir()] == ["thesis.txt"]
+
+
+def test_a_lock_that_is_somebody_elses_file_is_not_emptied(tmp_path):
+    (tmp_path / "lock").write_text("combination 3-1-4", encoding="utf-8")
+    with pytest.raises(ValueError, match="not the course's"):
+        folder_lock(tmp_path).__enter__()
+    assert (tmp_path / "lock").read_text(encoding="utf-8") == "combination 3-1-4"
