@@ -281,3 +281,18 @@ def test_a_letter_that_is_unknown_does_not_end_the_chat(tmp_path):
          "--width", 32, "--steps", 2, "--device", "cpu", "--tokenizer", "char")
     output = call("chat", tmp_path / "run", "--tokens", 3, "--device", "cpu", stdin="The \u6f22\nThe cat\n")
     assert "\u6f22" in output and output.rstrip().splitlines()[-1].startswith("The cat")
+
+
+def test_a_stopped_run_can_be_talked_to_and_evaluated(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    run = tmp_path / "run"
+    call("train", "--data", tmp_path / "a.txt", "--out", run, "--preset", "tiny", "--layers", 1, "--width", 32,
+         "--steps", 4, "--device", "cpu", "--vocab-size", 300)
+    facts = json.loads((run / "stages.json").read_text(encoding="utf-8"))
+    del facts["model"]
+    (run / "stages.json").write_text(json.dumps(facts), encoding="utf-8")
+    (run / "model.safetensors").unlink()
+    assert "is not finished: this is its best model so far, of step" in call("eval", run, "--device", "cpu")
+    assert "The cat" in call("chat", run, "--tokens", 3, "--device", "cpu", stdin="The cat\n")
+    (run / "checkpoints" / "best.safetensors").unlink()
+    assert "has no model.safetensors: is it a finished run?" in call("eval", run, "--device", "cpu", code=2)

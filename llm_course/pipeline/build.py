@@ -6,7 +6,7 @@
 __all__ = ['LoadedModel', 'load_run', 'grade_model', 'versions', 'report_stage', 'build_run', 'build_stages', 'export_assets']
 
 # %% ../../nbs/95e_pipeline.build.ipynb #ba2cea78
-import math, platform, zlib
+import math, platform, sys, zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
@@ -32,7 +32,8 @@ from .report import Report, Sample, bits_per_byte, perplexity, short_number
 from .run import Run, Settings, read_json, run_stages
 from ..tokens.exchange import load_tokenizer
 from ..train.loop import evaluate
-from ..train.plan import Machine
+from ..train.checkpoint import BEST_FILE, read_checkpoint
+from ..train.plan import Machine, read_plan
 from ..train.watch import Reporter, format_duration, read_log
 from ..world.story import World
 
@@ -45,6 +46,21 @@ class LoadedModel(NamedTuple):
     data: str         # What it trained on
     name: str         # How to call it
     stage: str = "base" # "base" goes on with a text; "sft" and "assistant" answer
+
+# %% ../../nbs/95e_pipeline.build.ipynb #a115f1fb
+def _unfinished_model(folder: Path | None, files: dict, stage: str) -> GPT | None:
+    "The best of a training that was stopped, said in a line; None if there is no such thing."
+    if folder is None or stage != "base" or files["base"].exists():
+        return None
+    best = folder / "checkpoints" / BEST_FILE
+    facts = read_json(folder / "stages.json")
+    if not best.exists() or not {"plan", "tokenizer"} <= facts.keys():
+        return None
+    model = read_plan(facts["plan"]).best_model(best.parent, facts["tokenizer"]["vocab_size"])
+    step = read_checkpoint(best)[1]["progress"]["step"]
+    print(f"{folder} is not finished: this is its best model so far, of step {step}.",
+          file=sys.stderr)
+    return model
 
 # %% ../../nbs/95e_pipeline.build.ipynb #4d7a7a74
 def load_run(
@@ -59,10 +75,11 @@ def load_run(
     stage = stage or (there or ["base"])[-1]
     if stage not in MODEL_FILES:
         raise ValueError(f"stage is {stage!r}; choose from {[*MODEL_FILES]}")
-    for path in (files["tokenizer"], files[stage]):
+    model = _unfinished_model(folder, files, stage)
+    for path in (files["tokenizer"], *([] if model else [files[stage]])):
         if not path.exists():
             raise FileNotFoundError(f"{path.parent} has no {path.name}: is it a finished run?")
-    model = load_model(files[stage], pick_device(device))
+    model = (model or load_model(files[stage])).to(pick_device(device))
     tokenizer = load_tokenizer(files["tokenizer"])
     if stage != "base":
         tokenizer, _ = add_chat_tokens(tokenizer)
