@@ -7,7 +7,8 @@ vocabulary of 2,880; batches of 16 rows of 224 tokens from the story world) and 
 training loop's: batch to device, forward, loss, backward, clipping, Muon and AdamW. Its time is
 put over that of the model's products and attention alone: forward and backward, of the same
 shapes, in the same precision, with as many threads. Everything else is overhead: what moves
-memory, what is computed for padding, and the products of the optimiser. Both sides take turns in one run; medians count.
+memory, what is computed for padding, and the products of the optimiser. Both sides take turns in
+one run; medians count.
 
 With --busy, it also starts one process per core that does nothing but count, and measures again.
 
