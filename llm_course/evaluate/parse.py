@@ -30,8 +30,9 @@ def last_number(
 # %% ../../nbs/55a_evaluate.parse.ipynb #e0cd4c77
 _SAID = (r"(?:answer|(?:correct|right|best) (?:option|choice))(?:\s+(?:is|would be|should be))?"
          r"[\s:=(\[*_\"'`{{]*(?:\\(?:boxed|text)\{{)*([{letters}])(?=([^\w']|$))")
-_MARKED = (r"(?<![\w(])\(([{letters}])\)|(?<![\w(])([{letters}])\)|\*\*\(?([{letters}])\)?[.:]?\*\*|"
-           r"\\boxed\{{\(?([{letters}])\)?\}}|^[ \t]*([{letters}])[.:]?[ \t]*$")
+_MARKED = (r"(?<![\w(])\(([{letters}])\)|(?<![\w(])([{letters}])\)|"
+           r"\*\*\(?([{letters}])\)?[.:]?\*\*|\\boxed\{{\(?([{letters}])\)?\}}|"
+           r"^[ \t]*([{letters}])[.:]?[ \t]*$")
 
 def choice_letter(
     text: str,             # What a model wrote
