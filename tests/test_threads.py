@@ -64,3 +64,23 @@ def test_make_sets_it(target):
         shown = subprocess.run(["make", "-n", target], cwd=ROOT, env={**clean, **chosen},
                                capture_output=True, text=True, check=True).stdout
         assert (want in shown) is there
+
+
+LATE = """
+import io, sys, contextlib, torch
+torch.set_num_threads(2)
+from llm_course.train.runner import Budget, Job, run_job
+class Nothing(Job):
+    budget = Budget(steps=30)
+    def take_step(self): self.step += 1
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    run_job(Nothing()); run_job(Nothing())
+print(said.getvalue().count("a trial chose"), torch.get_num_threads() in (1, 2))
+"""
+
+
+def test_where_torch_came_first_a_trial_chooses_and_says_so_once():
+    assert run(LATE) == "1 True"
+    assert run("import llm_course; " + LATE) == "0 True"       # it was in time
+    assert run(LATE, OMP_NUM_THREADS="2") == "0 True"          # the user chose
