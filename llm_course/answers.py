@@ -128,12 +128,11 @@ def _close(w: np.ndarray, g: np.ndarray, tol: float, least: float) -> np.ndarray
     with np.errstate(all="ignore"):
         return np.isclose(g, w, rtol=tol, atol=least, equal_nan=True)
 
-# %% ../nbs/00b_answers.ipynb #845ff24f
+# %% ../nbs/00b_answers.ipynb #2516d70f
 def _differences(w: Any, g: Any, tol: float, least: float, path: tuple = ()) -> list:
     "The differing places: (path, wanted, got), or (path, None, words) where no values compare."
-    if isinstance(w, (bool, int, float)) and isinstance(g, (bool, int, float)):
-        return [] if _near(w, g, tol, least) else [(path, w, g)]
-    if _is_numeric(w) and _is_numeric(g):
+    arrays = (np.ndarray, complex)
+    if _is_numeric(w) and _is_numeric(g) and (isinstance(w, arrays) or isinstance(g, arrays)):
         w, g = np.asarray(w), np.asarray(g)
         if {w.shape, g.shape} == {(), (1,)}:
             w, g = w.reshape(()), g.reshape(())
@@ -147,17 +146,16 @@ def _differences(w: Any, g: Any, tol: float, least: float, path: tuple = ()) -> 
     if isinstance(w, list) and isinstance(g, list):
         if len(w) != len(g):
             return [(path, None, f"{len(g)} items instead of {len(w)}")]
-        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(w, g))]
-        return [d for i, a, b in pairs for d in _differences(a, b, tol, _least(a, tol), (*path, i))]
+        w, g = dict(enumerate(w)), dict(enumerate(g))
     if isinstance(w, dict) and isinstance(g, dict):
         if lost := [k for k in w if k not in g]:
             return [(path, None, f"the key {lost[0]!r} is missing")]
         if more := [k for k in g if k not in w]:
             return [(path, None, f"the key {more[0]!r} is too many")]
         return [d for k in w for d in _differences(w[k], g[k], tol, _least(w[k], tol), (*path, k))]
-    return [] if _equal(w, g) else [(path, w, g)]
+    return [] if _equal(w, g, tol, least) else [(path, w, g)]
 
-# %% ../nbs/00b_answers.ipynb #53845980
+# %% ../nbs/00b_answers.ipynb #a945d850
 def _near(w: float, g: float, tol: float, least: float) -> bool:
     "Do two numbers agree? As `_close`, twenty times as fast."
     if w == g or (w != w and g != g):
@@ -166,8 +164,10 @@ def _near(w: float, g: float, tol: float, least: float) -> bool:
         return False
     return abs(w - g) <= least + tol * abs(w)
 
-def _equal(w: Any, g: Any) -> bool:
-    "Are two values equal that are no numbers and no containers of them? Only of one type."
+def _equal(w: Any, g: Any, tol: float, least: float) -> bool:
+    "Are two single values equal? What is no number must be of one type."
+    if isinstance(w, (bool, int, float)) and isinstance(g, (bool, int, float)):
+        return _near(w, g, tol, least)
     if w is g:
         return True
     try:
