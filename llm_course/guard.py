@@ -55,6 +55,7 @@ def at_home(
         return os.path.expanduser(path)
     return path.expanduser() if isinstance(path, Path) else path
 
+# %% ../nbs/00d_guard.ipynb #25c6202a
 def reads(
     what: str = "file", # What the function's first argument should be, for example "checkpoint"
 ) -> Callable:          # A decorator

@@ -37,7 +37,8 @@ def _text_documents(file, longest: int = 5_000_000) -> Iterator[str]:
     yield rest.removesuffix("\n") if parted else rest
 
 # %% ../../nbs/10a_data.files.ipynb #1b090f7b
-_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig",
+          codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
           codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # the longer ones first
 _PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
 
@@ -45,12 +46,13 @@ def _open_zst(path: Path) -> BinaryIO:
     "Unpack Zstandard, with the standard library or an installed package."
     if find_spec("compression"):  # Python 3.14
         from compression import zstd
-        return zstd.open(path)
+        return zstd.ZstdFile(path)
     if find_spec("zstandard"):
         import zstandard
-        return zstandard.open(path)
+        return zstandard.ZstdDecompressor().stream_reader(open(path, "rb"))
     return need("pyarrow", extra="data").input_stream(str(path), compression="zstd")
 
+# %% ../../nbs/10a_data.files.ipynb #0f6539d7
 def _open_bytes(path: Path) -> BinaryIO:
     "A file's bytes, unpacked."
     kind = path.suffix.lower()
@@ -87,6 +89,7 @@ def _bad_byte(path: Path, encoding: str) -> str:
     return (f"{path}, line {line} is not {encoding}: byte {at:,} (counted from 0) can't be read. "
             'Save the file as UTF-8; in Python, perhaps read_texts(..., encoding="cp1252")')
 
+# %% ../../nbs/10a_data.files.ipynb #4edbc055
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 @contextmanager
@@ -113,7 +116,7 @@ def _parse_object(line: str, where: str) -> dict:
     except ValueError as error:
         start, why = line.strip(), f"this is no JSON ({error})"
         if start.startswith("["):
-            why += "; the file is one array: JSON lines hold one object a line, without [ and commas"
+            why += "; the file is one array: JSON lines hold one object a line, without ["
         elif start == "{" or start.startswith("{") and not start.endswith("}"):
             why += "; an object over several lines? JSON lines hold each whole on one line"
         raise ValueError(f"{where}: {why}") from None
@@ -122,6 +125,7 @@ def _parse_object(line: str, where: str) -> dict:
         raise ValueError(f"{where}: expected an object in braces, not {line[:40]!r}{array}")
     return found
 
+# %% ../../nbs/10a_data.files.ipynb #b7a5fe3a
 @reads("file of JSON lines")
 def read_json_lines(
     path: str | Path,        # A file with one JSON object per line; may be packed
@@ -164,6 +168,7 @@ def _csv_documents(file, column: str, name: str) -> Iterator[str]:
     finally:
         csv.field_size_limit(limit)
 
+# %% ../../nbs/10a_data.files.ipynb #3c74ebf9
 def _parquet_documents(path: Path, column: str) -> Iterator[str]:
     "Documents of a parquet file, a few hundred rows at a time."
     arrow, parquet = need("pyarrow", extra="data"), need("pyarrow.parquet", extra="data")
@@ -199,6 +204,7 @@ class _VisibleText(HTMLParser):
     def handle_data(self, data):
         self.parts.append("" if self.hidden else data)
 
+# %% ../../nbs/10a_data.files.ipynb #b05f9a52
 def _page_text(file: TextIO) -> str:
     "The text of an open web page."
     parser = _VisibleText()
@@ -210,8 +216,8 @@ def _page_text(file: TextIO) -> str:
     return "\n".join(full).strip("\n")
 
 # %% ../../nbs/10a_data.files.ipynb #6e820ea6
-_PLAIN = set(".txt .text .md .markdown .rst .log .tex .org .adoc .py .c .h .cc .cpp .hpp .cs .java .js "
-             ".ts .go .rs .rb .php .sh .sql .r .jl .lua .swift .kt .scala .pl .hs .el".split())
+_PLAIN = set(".txt .text .md .markdown .rst .log .tex .org .adoc .py .c .h .cc .cpp .hpp .cs .java "
+             ".js .ts .go .rs .rb .php .sh .sql .r .jl .lua .swift .kt .scala .pl .hs .el".split())
 _KINDS = _PLAIN | {".jsonl", ".csv", ".parquet", ".html", ".htm"}  # Files that can be read
 
 def _kind_of(path: Path) -> str:
@@ -222,6 +228,7 @@ def _kind_of(path: Path) -> str:
     kind = (before or ".txt") if last in _PACKED else last
     return kind if kind in _KINDS and (kind != ".parquet" or kind == last) else ""
 
+# %% ../../nbs/10a_data.files.ipynb #161ac467
 def _read_file(path: Path, column: str, encoding: str) -> Iterator[str]:
     "Documents of one file of the `_KINDS`."
     kind = _kind_of(path)
@@ -255,8 +262,10 @@ class TextFiles(NamedTuple):
 def _ending(path: Path) -> str:
     "The end of a file's name that says what it is."
     ends = [suffix.lower() for suffix in path.suffixes]
-    return "".join(ends[-2:] if ends[-1:] and ends[-1] in _PACKED else ends[-1:]) or "without ending"
+    n = 2 if ends and ends[-1] in _PACKED else 1
+    return "".join(ends[-n:]) or "without ending"
 
+# %% ../../nbs/10a_data.files.ipynb #39fc9e89
 _MADE_HERE = {"config.json": "settings", "shards.json": "format"}  # file -> a name in it
 
 def is_made_here(
@@ -291,14 +300,15 @@ def find_texts(
             left_out[_ending(file)] += 1
     return TextFiles(sorted(files), +left_out)
 
+# %% ../../nbs/10a_data.files.ipynb #de2d2417
 def _readable_files(path: Path) -> list[Path]:
     "The files to read. Raises `ValueError` if there are none."
     found = find_texts(path)
     if path.is_dir() and is_made_here(path):
         raise ValueError(f"{path} was written by the course itself: a run or shards, not a text")
     if not found.files:
-        raise ValueError(f"{path}: nothing to read ({found}). Expected a file that ends in .txt, .md, "
-                         ".rst, .html, .jsonl, .csv, .parquet or as source code does, perhaps "
+        raise ValueError(f"{path}: nothing to read ({found}). Expected a file that ends in .txt, "
+                         ".md, .rst, .html, .jsonl, .csv, .parquet or as source code does, perhaps "
                          "packed (.gz, .bz2, .xz, .zst), or a folder with such files; plain text "
                          "under another name can be renamed to .txt")
     return found.files
@@ -320,7 +330,8 @@ def _dataset_rows(name: str, split: str) -> Iterator[dict]:
         rows = iter(datasets.load_dataset(path, config or None, split=split, streaming=True))
         return itertools.chain(list(itertools.islice(rows, 1)), rows)
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"the dataset {name!r} can't be opened: {error}{_near_names(name)}") from None
+        raise ValueError(f"the dataset {name!r} can't be opened: {error}"
+                         f"{_near_names(name)}") from None
 
 def _near_names(name: str) -> str:
     "Files whose names are like one that is not there, for a message."
@@ -376,7 +387,8 @@ def read_texts(
         texts = dataset_texts(name, column, split)
     else:
         raise FileNotFoundError(f"there is no file or folder {name[:80]!r}, and it can't be the "
-                                f"name of a dataset, such as 'roneneldan/TinyStories'{_near_names(name[:80])}")
+                                "name of a dataset, such as 'roneneldan/TinyStories'"
+                                f"{_near_names(name[:80])}")
     return _some_text(itertools.islice((t for t in texts if t.strip()), limit), name)
 
 # %% ../../nbs/10a_data.files.ipynb #e9f4ca39

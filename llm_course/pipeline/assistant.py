@@ -152,12 +152,14 @@ def _check_lengths(
             raise ValueError(f"{name}: all of it is too long for a context of {T} tokens; shorten "
                              "it, or take a model with a longer context")
 
+# %% ../../nbs/95d_pipeline.assistant.ipynb #c9348ec3
 def _checked_plan(run: Run, teaching: Teaching) -> dict:
     "Stage 3, and a look at what will be learned later."
     facts = BASE_STAGES["plan"](run)
     _check_lengths(run, teaching, facts["model"]["context_length"])
     return facts
 
+# %% ../../nbs/95d_pipeline.assistant.ipynb #9014b2a3
 def _is_left_out(
     model: GPT,         # The base model
     t: Teaching,        # What it would learn from
@@ -274,6 +276,7 @@ def _enough_passes(
     "How often to go through some rows: at least `_LOOKS` looks in all."
     return max(usual, _LOOKS / max(1, len(rows)))
 
+# %% ../../nbs/95d_pipeline.assistant.ipynb #c42d19cc
 def _sft_budget(
     learn: list,    # Conversations, as token ids
     stories: list,  # Reminders, as token ids
@@ -300,6 +303,7 @@ def _tell_progress(
                               f"step {row['step']}  loss {row['train']:.3f}")
     return watch
 
+# %% ../../nbs/95d_pipeline.assistant.ipynb #517f2620
 def _plan_sft(run: Run, tokenizer: Tokenizer, learn: list, stories: list) -> tuple:
     "Conversations and reminders as they will be read, and passes; said before it begins."
     chats = [render(tokenizer, messages).tokens for messages in learn]
@@ -307,8 +311,8 @@ def _plan_sft(run: Run, tokenizer: Tokenizer, learn: list, stories: list) -> tup
     known = run.facts.get("model", {}).get("tokens")
     repeat, kept, passes = _sft_budget(chats, told, known)
     n = passes * (repeat * sum(map(len, chats)) + sum(map(len, told[:kept])))
-    run.reporter.say(f"sft         will read {n:,.0f} tokens: {len(learn):,} conversations, each about "
-                     f"{repeat * passes:.3g} times, and {kept} pieces of the old text")
+    run.reporter.say(f"sft         will read {n:,.0f} tokens: {len(learn):,} conversations, each "
+                     f"about {repeat * passes:.3g} times, and {kept} pieces of the old text")
     return learn * repeat, stories[:kept], passes
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #dbc8a243
@@ -327,18 +331,16 @@ def sft_stage(
     learn, held = hold_back(chats[:n], json.dumps)
     before = _answer_loss(model, tokenizer, held)
     rows, stories, passes = _plan_sft(run, tokenizer, learn, _reminders(run, model, tokenizer))
-    settings = settings if {"epochs", "steps", "minutes"} & settings.keys() else {
-        **settings, "epochs": passes}
+    if not {"epochs", "steps", "minutes"} & settings.keys():
+        settings["epochs"] = passes
     progress = train_sft(model, tokenizer, rows, stories=stories, seed=run.settings.seed,
-                         watch=_tell_progress(run), folder=run.folder / "checkpoints-sft",
-                         **settings)
+                         watch=_tell_progress(run), folder=run.folder / "checkpoints-sft", **settings)
     save_model(model, run.folder / "sft.safetensors")
     after = _answer_loss(model, tokenizer, held)
-    run.reporter.say(f"sft         {len(learn):,} conversations, {progress.step} steps; loss of "
-                     f"held-out answers {before:.3f} -> {after:.3f}")
+    run.reporter.say(f"sft         {progress.step} steps; held-out loss {before:.3f} -> {after:.3f}")
     grades = grade_assistant(model, tokenizer) if teaching.knows_world() else {}
-    return {"conversations": len(learn), "steps": progress.step, "before": before, "after": after,
-            **grades}
+    return {"conversations": len(learn), "steps": progress.step, "before": before,
+            "after": after, **grades}
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #860b205e
 def _comparisons(

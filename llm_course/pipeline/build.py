@@ -85,6 +85,11 @@ def load_run(
         tokenizer, _ = add_chat_tokens(tokenizer)
     if folder is None:
         return LoadedModel(model, tokenizer, True, "world", "story", stage)
+    return _with_record(folder, model, tokenizer, stage)
+
+# %% ../../nbs/95e_pipeline.build.ipynb #51ed56b7
+def _with_record(folder: Path, model: GPT, tokenizer: object, stage: str) -> LoadedModel:
+    "A model with what its run wrote down."
     record = folder / "stages.json"
     if not record.exists():
         raise FileNotFoundError(f"{folder} has no {record.name}: is it a finished run?")

@@ -55,6 +55,7 @@ def _pick_held(
             room -= len(texts[i])
     return held or {min(range(len(texts)), key=lambda i: (len(texts[i]), key(i)))}
 
+# %% ../../nbs/95c_pipeline.pretrain.ipynb #b8c1cd32
 def split_texts(
     texts: Iterable[str],   # Documents
     fraction: float = 0.1,  # Share that is held back
@@ -194,6 +195,7 @@ def _say_sources(run: Run, learned: int, held: int) -> None:
         run.reporter.say(f"data        {learned + held} documents are few to judge by: {held} held "
                          "back whole, so the figures will be rough")
 
+# %% ../../nbs/95c_pipeline.pretrain.ipynb #49525c77
 def make_tokenizer(
     run: Run,               # The run
     more: Iterable[str] = (), # Other texts that the tokenizer should know

@@ -179,6 +179,7 @@ def read_json(
         raise ValueError(f"{path} is damaged; remove {path.parent} and start again")
     return found
 
+# %% ../../nbs/95b_pipeline.run.ipynb #0e0016ab
 def write_json(
     path: Path,  # A file, made or replaced
     value: dict, # What it will hold
@@ -286,6 +287,7 @@ def data_fingerprint(
             total.update(f.read() + os.fsencode(file.name) + f" {size}".encode())
     return f"2-{total.hexdigest()}" if path.exists() else ""
 
+# %% ../../nbs/95b_pipeline.run.ipynb #176a090c
 def _check_unchanged(folder: Path, data: str, facts: dict) -> None:
     "Raise `ValueError` if the data are not what the run began with; gone is no change."
     now, before = data_fingerprint(data), facts.get("tokenizer", {}).get("fingerprint")
