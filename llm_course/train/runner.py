@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 from torch import Tensor
 from ..core import folder_lock
+from ..threads import StepPace
 from .checkpoint import CheckpointFiles, differences, read_checkpoint
 from .ranks import from_first, lost_process, rank, sum_over_ranks, world_size
 
@@ -52,6 +53,7 @@ class Job:
     seconds = 0.0   # Time that was used, pauses left out: the runner sets it
     started = 0.0   # When it began, by `time.perf_counter`, pauses left out: the runner sets it
     asked = ()      # Fills when somebody asks to stop: a long step may give up; the runner sets it
+    pace = StepPace(active=False)  # Chooses how many threads compute: the runner sets it
     stopped = ""    # Why it is over before its budget is used: `evaluate` may say so
 
     def take_step(self) -> None:
@@ -188,15 +190,18 @@ def _begin(job: Job, files: CheckpointFiles | None) -> None:
     if files:
         resume_job(job, files)
     job.started = time.perf_counter() - job.seconds
+    job.pace = StepPace()
 
 def _step_or_save(job: Job, files: CheckpointFiles | None) -> None:
     "One step; if it fails, save the job as it is."
+    start = time.perf_counter()
     try:
         job.take_step()
     except BaseException:
         if files:
             files.write(job.step, *whole_state(job))
         raise
+    job.pace.after_step(time.perf_counter() - start)
 
 # %% ../../nbs/40c_train.runner.ipynb #a1d6e39f
 def _look(job: Job, files: CheckpointFiles | None, every: int, watch: Callable | None,
