@@ -81,10 +81,10 @@ def _pack(items: list) -> Any:
     packed = np.array(items)
     return packed if packed.dtype.kind in "bifc" else items  # huge integers stay a list
 
-# %% ../nbs/00b_answers.ipynb #1ae43f1d
+# %% ../nbs/00b_answers.ipynb #01232782
 def plain_answer(
     x: Any,               # An answer of any kind
-    most: int = 100_000,  # Items that are read from an iterator
+    most: int = 10_000,  # Items that are read from an iterator
 ) -> Any:                 # None, number, str, bytes, array, list, dict, frozenset or `x` itself
     "Bring an answer to the one form in which answers are compared; iterators are used up."
     if isinstance(x, (torch.Tensor, np.ndarray)):
