@@ -331,13 +331,14 @@ def sft_stage(
     learn, held = hold_back(chats[:n], json.dumps)
     before = _answer_loss(model, tokenizer, held)
     rows, stories, passes = _plan_sft(run, tokenizer, learn, _reminders(run, model, tokenizer))
-    if not {"epochs", "steps", "minutes"} & settings.keys():
-        settings["epochs"] = passes
+    settings = settings if {"steps", "minutes"} & settings.keys() else {"epochs": passes} | settings
     progress = train_sft(model, tokenizer, rows, stories=stories, seed=run.settings.seed,
-                         watch=_tell_progress(run), folder=run.folder / "checkpoints-sft", **settings)
+                         watch=_tell_progress(run), **settings,
+                         folder=run.folder / "checkpoints-sft")
     save_model(model, run.folder / "sft.safetensors")
     after = _answer_loss(model, tokenizer, held)
-    run.reporter.say(f"sft         {progress.step} steps; held-out loss {before:.3f} -> {after:.3f}")
+    run.reporter.say(f"sft         {progress.step} steps; loss of held-out answers {before:.3f} -> "
+                     f"{after:.3f}")
     grades = grade_assistant(model, tokenizer) if teaching.knows_world() else {}
     return {"conversations": len(learn), "steps": progress.step, "before": before,
             "after": after, **grades}
