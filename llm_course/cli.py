@@ -35,6 +35,7 @@ app = typer.Typer(
     name="llm-course", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]})
 
+# %% ../nbs/98b_cli.ipynb #12781a9e
 def command(
     fn: Callable,           # Its comments become the help
     app: typer.Typer = app, # Where it is offered

@@ -59,6 +59,7 @@ def _remember(
         answer["content"] += piece
         yield piece
 
+# %% ../nbs/97c_conversation.ipynb #f979ff2f
 _LONG = 32  # characters of a token, at most, when one counts what a context may hold
 
 def _ending(texts: list[str], longest: int) -> str:
@@ -71,6 +72,7 @@ def _ending(texts: list[str], longest: int) -> str:
         size += len(text)
     return "".join(reversed(tail))[-longest:]
 
+# %% ../nbs/97c_conversation.ipynb #1d0aa946
 class Continuation(Conversation):
     "The same with a base model: all messages are one text, which it continues."
     after = ""
@@ -195,6 +197,12 @@ def _check_chosen(temperature: float, tokens: int, seed: int | None) -> None:
     if seed is not None and not 0 <= seed < 2**62:
         raise ValueError(f"seed is {seed}; expected 0 to {2**62 - 1}")
 
+def _show(text: str) -> None:
+    "Write a piece of an answer at once, control characters as visible marks."
+    sys.stdout.write(visible_text(text))
+    sys.stdout.flush()
+
+# %% ../nbs/97c_conversation.ipynb #d7d69f4c
 def chat_in_terminal(
     run: Path | None = None,             # A run's folder; by default the assistant that ships
     stage: str | None = None,            # base, sft or assistant; by default the last there is
@@ -212,5 +220,4 @@ def chat_in_terminal(
     if typing:
         how = "goes on where you stop. Enter alone: go on" if kind is Continuation else "answers"
         print(f"{visible_text(loaded.name)} {how}. /help, /quit")
-    talk.hold(_typed_lines() if typing else lines,
-              lambda text: (sys.stdout.write(visible_text(text)), sys.stdout.flush()), echo=not typing)
+    talk.hold(_typed_lines() if typing else lines, _show, echo=not typing)

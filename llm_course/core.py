@@ -199,6 +199,7 @@ def _try_lock(file) -> bool:
             return False
     return _is_ours(file)
 
+# %% ../nbs/00a_core.ipynb #56110c80
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on some network drives
 
 def _is_ours(file) -> bool:

@@ -513,9 +513,9 @@ def test_a_solution_is_readable(capsys, tmp_path):
         "    return sum(own * weigh(w) * log(w) * (-1 if minus else 1) for w in ws)\n"
         "ex = Exercise('e', _entropy, [([0.5, 0.5],)])\n"
         "short = Exercise('s', lambda x: 2 * x, [(1,)])\n"
-    )
+    , encoding="utf-8")
     space = {"__name__": "__main__", "Exercise": Exercise, "math": math}
-    exec(compile(file.read_text(), str(file), "exec"), space)
+    exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), space)
     space["ex"].solution()
     text = capsys.readouterr().out
     assert "def _entropy(ws):" in text and "w * math.log(w) * -1" in text

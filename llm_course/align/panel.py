@@ -82,6 +82,7 @@ def read_judgements(
             found.append(_judgement(record, f"{path}, line {i + 1}"))
     return found
 
+# %% ../../nbs/72b_align.panel.ipynb #7863f2b2
 def _judgement(record: dict | None, where: str) -> Judgement:
     "A record as a `Judgement`, if it is one."
     fields = Judgement._fields

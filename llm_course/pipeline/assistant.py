@@ -27,6 +27,8 @@ from ..align.sft import ChatBatches, train_sft
 from ..core import asset, atomic_write, folder_lock, patch
 from ..data.batches import held_out, one_pass
 from ..guard import reads
+
+# %% ../../nbs/95d_pipeline.assistant.ipynb #48475722
 from ..model.files import load_model, save_model
 from ..model.gpt import GPT
 from .pretrain import (
@@ -333,8 +335,7 @@ def sft_stage(
     rows, stories, passes = _plan_sft(run, tokenizer, learn, _reminders(run, model, tokenizer))
     settings = settings if {"steps", "minutes"} & settings.keys() else {"epochs": passes} | settings
     progress = train_sft(model, tokenizer, rows, stories=stories, seed=run.settings.seed,
-                         watch=_tell_progress(run), **settings,
-                         folder=run.folder / "checkpoints-sft")
+                         watch=_tell_progress(run), folder=run.folder / "checkpoints-sft", **settings)
     save_model(model, run.folder / "sft.safetensors")
     after = _answer_loss(model, tokenizer, held)
     run.reporter.say(f"sft         {progress.step} steps; loss of held-out answers {before:.3f} -> "
@@ -570,8 +571,7 @@ def adopt_run(
         for name in names:
             with atomic_write(new[name]) as f:
                 f.write(old[name].read_bytes())
-        done = [*BASE_STAGES, *names[2:]]
-        write_json(folder / "stages.json", {name: facts[name] for name in done})
+        write_json(folder / "stages.json", {name: facts[name] for name in [*BASE_STAGES, *names[2:]]})
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #c4552c31
 @reads("record of an aligned run")

@@ -65,6 +65,7 @@ def preset(
     budget = asdict(self.budget) if self.budget else {}
     return base.with_changes({**(self.changes or {}), **budget})
 
+# %% ../../nbs/95b_pipeline.run.ipynb #a1ac546f
 @patch
 def check(
     self: Settings,
@@ -105,6 +106,7 @@ def _from_dict(named: dict) -> Settings:
     check_kinds(made)
     return made
 
+# %% ../../nbs/95b_pipeline.run.ipynb #423f040d
 @patch
 def chosen(
     self: Settings,

@@ -92,6 +92,7 @@ def _never_finite(model: nn.Module | None) -> str:
     return (f"20 float16 steps in a row had a gradient that is not finite{where}: nothing was "
             "learned in them. Use bfloat16 or float32, or a lower learning rate")
 
+# %% ../../nbs/39a_train.precision.ipynb #83df37ce
 class LossScale:
     "The factor that keeps float16 gradients in range; 1 for any other precision."
     def __init__(

@@ -166,14 +166,10 @@ def run_job(
     with gentle_interrupt() as noted, lock_folder(folder), lost_process(folder):
         _begin(job, files)
         while not _is_over(job):
-            step, job.asked = job.step, noted
+            step, job.asked = job.step, noted  # a step that is given up leaves all as it was
             _step_or_save(job, files if save_on_error else None)
-            if job.step == step and noted:  # given up: all is as it was before
-                if files:
-                    files.write(job.step, *whole_state(job))
-                _interrupt(job, folder)
             job.seconds = from_first(time.perf_counter() - job.started)
-            asked = _look(job, files, eval_every or save_every, watch, noted)
+            asked = noted and job.step == step or _look(job, files, eval_every or save_every, watch)
             if files and (asked or _is_over(job) or job.step % save_every == 0):
                 files.write(job.step, *whole_state(job))
             if asked:
@@ -204,15 +200,14 @@ def _step_or_save(job: Job, files: CheckpointFiles | None) -> None:
     job.pace.after_step(time.perf_counter() - start)
 
 # %% ../../nbs/40c_train.runner.ipynb #a1d6e39f
-def _look(job: Job, files: CheckpointFiles | None, every: int, watch: Callable | None,
-          noted: list) -> bool:
+def _look(job: Job, files: CheckpointFiles | None, every: int, watch: Callable | None) -> bool:
     "When it is time, evaluate and keep the best; let the watcher see it. Shall it stop?"
     if _is_over(job) or job.step % every == 0:
         if job.evaluate() and files:
             CheckpointFiles(files.folder, "best").write(job.step, *whole_state(job))
     if watch is not None:
         watch(job)
-    return sum_over_ranks(len(noted)) > 0
+    return sum_over_ranks(len(job.asked)) > 0
 
 # %% ../../nbs/40c_train.runner.ipynb #ae3239c2
 def _interrupt(job: Job, folder: str | Path | None) -> None:

@@ -159,6 +159,7 @@ def step_batches(
             self.n_targets = 0  # as if the step had not begun
             return
 
+# %% ../../nbs/40f_train.state.ipynb #d587b398
 @patch
 def even_out(self: TrainingRun) -> float: # What the loss must be multiplied by, too
     "After the last batch of a step it is known how many targets there were."
