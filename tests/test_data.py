@@ -401,7 +401,7 @@ def test_what_a_folder_holds_is_said_by_ending_and_count(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_a_file_name_that_is_no_utf8_is_read(tmp_path):
-    with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w") as file:
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w", encoding="utf-8") as file:
         file.write("text")
     assert list(read_texts(tmp_path)) == ["text"]
 

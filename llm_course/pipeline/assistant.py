@@ -335,11 +335,11 @@ def sft_stage(
     rows, stories, passes = _plan_sft(run, tokenizer, learn, _reminders(run, model, tokenizer))
     settings = settings if {"steps", "minutes"} & settings.keys() else {"epochs": passes} | settings
     progress = train_sft(model, tokenizer, rows, stories=stories, seed=run.settings.seed,
-                         watch=_tell_progress(run), folder=run.folder / "checkpoints-sft", **settings)
+                         watch=_tell_progress(run), **settings,
+                         folder=run.folder / "checkpoints-sft")
     save_model(model, run.folder / "sft.safetensors")
     after = _answer_loss(model, tokenizer, held)
-    run.reporter.say(f"sft         {progress.step} steps; loss of held-out answers {before:.3f} -> "
-                     f"{after:.3f}")
+    run.reporter.say(f"sft         {progress.step} steps; held-out loss {before:.3f} -> {after:.3f}")
     grades = grade_assistant(model, tokenizer) if teaching.knows_world() else {}
     return {"conversations": len(learn), "steps": progress.step, "before": before,
             "after": after, **grades}
@@ -556,8 +556,7 @@ def adopt_run(
     "Begin a run where another ended. Raises `FileNotFoundError` if there is no model yet."
     if (folder / "stages.json").exists():
         return
-    begun = "adopts" in read_json(folder / "config.json")
-    if not begun and folder.is_dir() and any(folder.iterdir()):
+    if "adopts" not in read_json(folder / "config.json") and any(folder.glob("*")):
         raise ValueError(f"{folder} holds other files; choose a new folder with --out")
     old, new = model_files(source), model_files(folder)
     for name in _KEPT[:2]:
@@ -571,7 +570,8 @@ def adopt_run(
         for name in names:
             with atomic_write(new[name]) as f:
                 f.write(old[name].read_bytes())
-        write_json(folder / "stages.json", {name: facts[name] for name in [*BASE_STAGES, *names[2:]]})
+        done = [*BASE_STAGES, *names[2:]]
+        write_json(folder / "stages.json", {name: facts[name] for name in done})
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #c4552c31
 @reads("record of an aligned run")
