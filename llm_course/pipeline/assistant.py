@@ -339,7 +339,7 @@ def sft_stage(
                          folder=run.folder / "checkpoints-sft")
     save_model(model, run.folder / "sft.safetensors")
     after = _answer_loss(model, tokenizer, held)
-    run.reporter.say(f"sft         {progress.step} steps; held-out loss {before:.3f} -> {after:.3f}")
+    run.reporter.say(f"sft         {progress.step} steps; held out {before:.3f} -> {after:.3f}")
     grades = grade_assistant(model, tokenizer) if teaching.knows_world() else {}
     return {"conversations": len(learn), "steps": progress.step, "before": before,
             "after": after, **grades}
