@@ -35,7 +35,7 @@ bench: $(READY)
 	for script in benchmarks/*.py; do echo "== $$script"; $(SPIN) $(BIN)/python "$$script" || [ $$? = 2 ] || exit 1; done
 
 outputs: $(READY)
-	$(SPIN) $(BIN)/python tests/lessons.py --store
+	$(SPIN) $(BIN)/python tools/lessons.py --store
 
 checkpoint: $(READY)
 	$(SPIN) $(BIN)/python benchmarks/world_floor.py --seconds 480 --seeds 1 --stories 100000 \
@@ -45,17 +45,17 @@ checkpoint: $(READY)
 	$(SPIN) $(BIN)/python experiments/align.py --save llm_course/assets
 
 readme: $(READY)
-	$(BIN)/python tests/readme.py
+	$(BIN)/python tools/readme.py
 
 clean:
 	rm -rf build dist _docs _proc .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
-$(READY): settings.ini setup.py pyproject.toml constraints.txt tests/reference-data.txt
+$(READY): settings.ini setup.py pyproject.toml constraints.txt tools/reference-data.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "llm-course needs" \
 	  "Python 3.10 or newer, and $(PYTHON) is not. Try, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-data.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r tools/reference-data.txt
 	$(BIN)/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" 2>/dev/null
 	@touch $@
 

@@ -166,6 +166,7 @@ def test_programs_say_their_encoding():
     programs = [
         ROOT / "setup.py",
         *(ROOT / "tests").glob("*.py"),
+        *(ROOT / "tools").glob("*.py"),
         *(ROOT / "benchmarks").glob("*.py"),
         *(ROOT / "experiments").glob("*.py"),
     ]

@@ -8,7 +8,7 @@ import pytest
 
 import rules
 
-RUNNER = Path(__file__).with_name("rerun.py")
+RUNNER = Path(__file__).resolve().parent.parent / "tools" / "rerun.py"
 LESSONS = [lesson.path for lesson in rules.lessons() if lesson.number]
 
 

@@ -1,7 +1,7 @@
 """Change every solution of the exercises in one place, and list the changes that no case notices.
 
-    python tests/mutate.py                 # all lessons: how many changes, which survive
-    python tests/mutate.py 22_tokens.bpe   # some
+    python tools/mutate.py                 # all lessons: how many changes, which survive
+    python tools/mutate.py 22_tokens.bpe   # some
 
 A survivor is a gap in the cases, unless the changed program does the same: those that were looked
 at and do the same are in EQUAL. `test_check.py` mutates a sample.
@@ -11,7 +11,7 @@ import ast
 import copy
 import sys
 
-sys.path[:0] = [".", "tests"]
+sys.path[:0] = [".", "tools", "tests"]
 
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,

@@ -1,9 +1,9 @@
 """Run the lessons in a real Jupyter kernel.
 
-    python tests/lessons.py                    run them all; say how long each took
-    python tests/lessons.py 31 40_train.optim  run some, by name or number
-    python tests/lessons.py --store [NAME...]  and store their outputs in the notebooks
-    python tests/lessons.py --times            write the seconds into the table of the index
+    python tools/lessons.py                    run them all; say how long each took
+    python tools/lessons.py 31 40_train.optim  run some, by name or number
+    python tools/lessons.py --store [NAME...]  and store their outputs in the notebooks
+    python tools/lessons.py --times            write the seconds into the table of the index
 
 With --store, the same lesson stores the same bytes each time: seeds and threads are fixed, the
 network and the accelerator are off, and what changes from run to run is left out of the outputs.

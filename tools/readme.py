@@ -1,4 +1,4 @@
-"""Make README.md from nbs/index.ipynb:  python tests/readme.py
+"""Make README.md from nbs/index.ipynb:  python tools/readme.py
 
 The links of the index are right where a reader of the index stands, in nbs/; here they are made
 right for a reader of README.md, in the root. Quarto is not needed.

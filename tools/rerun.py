@@ -1,6 +1,6 @@
 """Run a lesson twice in one kernel; the second time, each quick cell twice in a row.
 
-    python tests/rerun.py nbs/31_model.attention.ipynb
+    python tools/rerun.py nbs/31_model.attention.ipynb
 
 A learner changes a cell and runs it again, and goes back to the top when lost: neither may fail
 because of what an earlier run left behind. What took longer than `QUICK` seconds is run once a pass.
