@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from .answers import answer_mask, pad_rows
 from .chat import render, render_answer
 from ..core import atomic_write, patch
-from ..guard import reads
+from ..guard import check_kinds, reads
 from ..model.block import Style
 from ..model.gpt import GPT, GPTConfig
+from ..train.activations import parameter_counts
 from ..train.precision import mixed_precision, pick_precision
 
 # %% ../../nbs/73a_align.reward_model.ipynb #4368b685
@@ -137,6 +138,17 @@ def save_reward(
     with atomic_write(path) as f:
         f.write(save({name: w.contiguous() for name, w in state.items()}, header))
 
+# %% ../../nbs/73a_align.reward_model.ipynb #7a024d39
+def _check_demand(config: GPTConfig, stored: int) -> None:
+    "Raise `ValueError`, before anything is made, for a header that its file can't fill."
+    check_kinds(config)
+    check_kinds(config.style)
+    asked = parameter_counts(config).total
+    table = config.context_length * config.d_model // config.n_heads
+    if asked > 2 * stored or table > 1 << 28:
+        raise ValueError(f"its header asks for {asked:,} parameters and {config.context_length:,} "
+                         f"positions; the file holds {stored:,} numbers")
+
 # %% ../../nbs/73a_align.reward_model.ipynb #fba865c9
 @reads("reward model")
 def load_reward(
@@ -154,7 +166,9 @@ def load_reward(
         raise ValueError(f"{path} is {header.get('kind')!r} and not {_KIND!r}: it holds no reward "
                          "model that this version of llm-course can read")
     values = json.loads(header["config"])
+    config = GPTConfig(**{**values, "style": Style(**values["style"])})
+    _check_demand(config, sum(w.numel() for w in state.values()))
     with torch.random.fork_rng(devices=[]):
-        model = RewardModel(GPT(GPTConfig(**{**values, "style": Style(**values["style"])})))
+        model = RewardModel(GPT(config))
     model.load_state_dict(state)
     return model.to(device).eval()
