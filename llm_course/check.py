@@ -75,15 +75,15 @@ def _no_input(*_) -> str:
 def _nobody_leaves():
     "`exit`, `quit`, `os._exit` and `input` do nothing to the notebook."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    kept, stdin = (builtins.input, os._exit, shell and shell.ask_exit), sys.stdin
+    kept, stdin = (builtins.input, os._exit, getattr(shell, "ask_exit", None)), sys.stdin
     builtins.input, os._exit, sys.stdin = _no_input, _leave, io.StringIO()
-    if shell:
+    if kept[2]:
         shell.ask_exit = _leave
     try:
         yield
     finally:
         builtins.input, os._exit, sys.stdin = kept[0], kept[1], stdin
-        if shell:
+        if kept[2]:
             shell.ask_exit = kept[2]
 
 # %% ../nbs/00f_check.ipynb #69f22eeb
