@@ -52,7 +52,7 @@ class Job:
     step = 0        # Steps that are done: `take_step` counts them
     seconds = 0.0   # Time that was used, pauses left out: the runner sets it
     started = 0.0   # When it began, by `time.perf_counter`, pauses left out: the runner sets it
-    asked = ()      # Fills when somebody asks to stop: a long step may give up; the runner sets it
+    wanted_stop = ()  # Fills when somebody asks to stop, so that a long step may give up
     pace = StepPace(active=False)  # Chooses how many threads compute: the runner sets it
     stopped = ""    # Why it is over before its budget is used: `evaluate` may say so
 
@@ -166,7 +166,7 @@ def run_job(
     with gentle_interrupt() as noted, lock_folder(folder), lost_process(folder):
         _begin(job, files)
         while not _is_over(job):
-            step, job.asked = job.step, noted  # a step that is given up leaves all as it was
+            step, job.wanted_stop = job.step, noted  # a step that is given up leaves all as it was
             _step_or_save(job, files if save_on_error else None)
             job.seconds = from_first(time.perf_counter() - job.started)
             asked = noted and job.step == step or _look(job, files, eval_every or save_every, watch)
@@ -207,7 +207,7 @@ def _look(job: Job, files: CheckpointFiles | None, every: int, watch: Callable |
             CheckpointFiles(files.folder, "best").write(job.step, *whole_state(job))
     if watch is not None:
         watch(job)
-    return sum_over_ranks(len(job.asked)) > 0
+    return sum_over_ranks(len(job.wanted_stop)) > 0
 
 # %% ../../nbs/40c_train.runner.ipynb #ae3239c2
 def _interrupt(job: Job, folder: str | Path | None) -> None:

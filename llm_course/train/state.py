@@ -152,7 +152,7 @@ def step_batches(
         self.n_targets += count(batch)
         self.n_expected = self.n_expected or k * self.n_targets  # the first one, k times
         yield batch, self.n_expected, i == k
-        if place and i < k and self.asked and world_size() == 1:
+        if place and i < k and self.wanted_stop and world_size() == 1:
             self.optimizer.zero_grad()
             self.batches.load_state_dict(place[0])
             set_random_state(self.device, *place[1])
