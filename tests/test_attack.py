@@ -1,6 +1,7 @@
 "Files, names and numbers as a stranger would send them: one sentence with the file's name, and nothing foreign touched."
 import json
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -226,3 +227,87 @@ def test_a_long_talk_costs_the_same_for_each_line(monkeypatch):
         cost[n] = sum(seen)
         assert kept[0]["role"] == "user"
     assert cost[10] == cost[1000]
+
+
+# --- Interrupted anywhere ------------------------------------------------------------------------
+
+def command(*words):
+    from typer.testing import CliRunner
+
+    from llm_course.cli import app
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def stopped_at_each_file(monkeypatch, begin, advised, folder):
+    "Press Ctrl-C the first time that each file is about to appear, and go on as advised."
+    seen, replace = set(), os.replace
+
+    def stop_once(source, target):
+        name = str(Path(target).relative_to(folder)) if Path(target).is_relative_to(folder) else ""
+        name = re.sub(r"(\.train|\.valid)\.\w+", r"\1", name)  # a folder that is only begun has a name by chance
+        if name and name not in seen:
+            seen.add(name)
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", stop_once)
+    words, stops = begin, 0
+    while (result := command(*words)).exit_code == 130 and stops < 60:
+        words, stops = advised if (folder / "config.json").exists() else begin, stops + 1
+        how = f"llm-course {advised[0]} --out" if words is advised else "llm-course "
+        assert how in result.output, result.output
+    monkeypatch.undo()
+    assert result.exit_code == 0, result.output
+    return stops
+
+
+def test_a_run_that_is_stopped_at_each_of_its_files_goes_on_with_what_was_asked(tmp_path, monkeypatch):
+    text, run, new = tmp_path / "book.txt", tmp_path / "run", tmp_path / "new"
+    text.write_text("".join(f"The cat saw {n} mice and ate {n % 7}.\n" for n in range(400)), encoding="utf-8")
+    wishes = tmp_path / "wishes.jsonl"
+    wishes.write_text("".join(json.dumps({"prompt": f"How many {n}?", "chosen": "Two.", "rejected": f"I saw {n}."})
+                              + "\n" for n in range(12)), encoding="utf-8")
+    begin = ["train", "--data", text, "--out", run, "--preset", "tiny", "--layers", 1, "--width", 32, "--context", 64,
+             "--batch-size", 8, "--steps", 20, "--device", "cpu", "--seed", 5]
+    assert stopped_at_each_file(monkeypatch, begin, ["train", "--out", run], run) >= 6
+    asked = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
+    assert (asked["data"], asked["seed"], asked["steps"], asked["preset"]) == (str(text), 5, 20, "tiny")
+    facts = json.loads((run / "stages.json").read_text(encoding="utf-8"))
+    assert facts["tokenizer"]["source"] == str(text) and facts["model"]["steps"] == 20
+
+    begin = ["align", run, "--preferences", wishes, "--out", new, "--device", "cpu"]
+    assert stopped_at_each_file(monkeypatch, begin, ["align", "--out", new], new) >= 5
+    asked = json.loads((new / "config.json").read_text(encoding="utf-8"))
+    assert asked["adopts"] == str(run) and asked["settings"]["teaching"]["preferences"] == str(wishes)
+    assert (new / "assistant.safetensors").exists()
+
+
+def test_a_step_of_endless_batches_is_given_up_within_a_second_and_repeated_to_the_bit(tmp_path):
+    import signal
+    import time
+
+    from llm_course.data.batches import RandomWindows
+    from llm_course.train.loop import TrainConfig, train
+    row = torch.randint(0, 50, (20_000,), generator=torch.Generator().manual_seed(0)).numpy().astype("<u2")
+    shards, pressed = Shards(None, {"end_id": 0, "vocab_size": 50}, [row]), []
+
+    def run(name, k, stop_after=None):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(50, 32, 32, 1, 1))
+        if stop_after:
+            def press():
+                pressed.append(time.perf_counter())
+                os.kill(os.getpid(), signal.SIGTERM)
+            threading.Timer(stop_after, press).start()
+        train(model, RandomWindows(shards, 4, 32, 0), TrainConfig(steps=2, accumulate=k), folder=tmp_path / name,
+              watch=None)
+        return model.state_dict()
+
+    with pytest.raises(KeyboardInterrupt, match="saved in"):
+        run("endless", 10**9, 0.5)
+    assert time.perf_counter() - pressed[0] < 1
+    with pytest.raises(KeyboardInterrupt):
+        run("short", 600, 0.5)
+    whole, again = run("whole", 600), run("short", 600)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)

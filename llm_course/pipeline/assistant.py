@@ -35,7 +35,7 @@ from .pretrain import (
     BASE_STAGES, decode_documents, make_tokenizer, token_parts)
 from .report import answers_html, grid_html, line_chart, report_phrases
 from .run import (
-    Run, Settings, full_paths, read_json, run_stages, usual_folder, write_json)
+    Run, Settings, foreign_files, full_paths, read_json, run_stages, usual_folder, write_json)
 from ..tokens.exchange import load_tokenizer
 from ..tokens.text import Tokenizer
 from ..train.loop import evaluate
@@ -556,7 +556,7 @@ def adopt_run(
     "Begin a run where another ended. Raises `FileNotFoundError` if there is no model yet."
     if (folder / "stages.json").exists():
         return
-    if "adopts" not in read_json(folder / "config.json") and any(folder.glob("*")):
+    if "adopts" not in read_json(folder / "config.json") and foreign_files(folder):
         raise ValueError(f"{folder} holds other files; choose a new folder with --out")
     old, new = model_files(source), model_files(folder)
     for name in _KEPT[:2]:
