@@ -336,11 +336,11 @@ def take(
     "Take a stage unless it is recorded; record it."
     if name in self.facts:
         return
-    start = time.monotonic()
+    start, written = time.monotonic(), (self.folder / "config.json").exists()
     facts = make(self) if name in _TOGETHER else first_process_does(lambda: make(self))
     self.facts[name] = {"seconds": round(time.monotonic() - start, 2), **facts}
     if rank() == 0:
-        if not (self.folder / "config.json").exists():
+        if written and not (self.folder / "config.json").exists():
             raise FileNotFoundError(f"{self.folder} is gone: somebody removed or renamed it while "
                                     "the run worked. Start the same command again")
         write_json(self.folder / "stages.json", self.facts)
