@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-QUICK = 3
+QUICK = 1
 
 
 def code_cells(path: Path) -> list:
