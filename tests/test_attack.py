@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import sys
 import shutil
 import threading
 from pathlib import Path
@@ -235,7 +236,12 @@ def command(*words):
     from typer.testing import CliRunner
 
     from llm_course.cli import app
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    words, typed = [str(word) for word in words], sys.argv
+    sys.argv = ["llm-course", *words]  # what is advised before anything is written down
+    try:
+        result = CliRunner().invoke(app, words)
+    finally:
+        sys.argv = typed
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 

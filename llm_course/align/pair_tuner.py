@@ -114,7 +114,7 @@ class PreferenceTuner(Job):
         self.reference = copy.deepcopy(reference or model).eval().requires_grad_(False)
         self.given, self.dtype = list(pairs), None
         self.use_precision(pick_precision(model.embed.weight.device))
-        self.questions = self.valid and prompts_that_fit(
+        self.prompts = self.valid and prompts_that_fit(
             tokenizer, [pair.messages for pair in self.valid], model.config.context_length)
         params = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = OptimizerGroup(AdamW(params, config.lr))
@@ -183,7 +183,8 @@ def look(
     moved = _leads(told - self.looks.reference)
     moved["loss"] = preference_loss(self.config, told, self.looks.reference, lengths).item()
     g = torch.Generator(told.device).manual_seed(self.seed)
-    r = draw_answers(self.model, self.tokenizer, self.questions[:most], 1, self.config.max_new_tokens,
+    prompts = self.prompts[:most]
+    r = draw_answers(self.model, self.tokenizer, prompts, 1, self.config.max_new_tokens,
                      forget=False, generator=g)
     row = {f"valid_{name}": value for name, value in moved.items()}
     row["kl"] = answer_kl(self.model, self.reference, r).mean().item()

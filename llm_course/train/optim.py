@@ -165,7 +165,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> None:
         "Move every matrix once; `scale` multiplies the learning rate."
-        self.steps += 1
+        self.steps, kind = self.steps + 1, self.dtype or pick_precision(self.params[0].device)
         shapes = {}
         for p, m in zip(self.params, self.memory["m"]):
             if p.grad is not None:
@@ -175,8 +175,8 @@ class Muon(Optimizer):
         for (rows, columns), pairs in shapes.items():
             lr, n = self.lr * scale * math.sqrt(max(1, rows / columns)), rows * columns
             for some in _groups(pairs, max(1, 2**26 // n)):
-                updates = [whole_tensor(p.grad.lerp(m, self.momentum)) for p, m in some]
-                for (p, _), u in zip(some, newton_schulz(torch.stack(updates), dtype=self.dtype)):
+                updates = [whole_tensor(p.grad.lerp(m, self.momentum)).to(kind) for p, m in some]
+                for (p, _), u in zip(some, newton_schulz(torch.stack(updates), dtype=kind)):
                     p.mul_(keep).sub_(cut_like(u.to(p.dtype), p), alpha=lr)
 
 # %% ../../nbs/40_train.optim.ipynb #16a8d258
