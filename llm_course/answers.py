@@ -6,7 +6,7 @@
 __all__ = ['answer_kind', 'plain_answer', 'answers_agree', 'show_answer', 'first_difference', 'find_relation']
 
 # %% ../nbs/00b_answers.ipynb #a3dcc19b
-import collections, collections.abc, inspect, math, numbers, types
+import collections, collections.abc, math, numbers, types
 from typing import Any, Callable
 import numpy as np
 import torch

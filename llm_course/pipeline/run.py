@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Callable
 import torch
 from ..core import atomic_write, folder_lock, patch
-from ..guard import check_kinds, reading, reads, refuse_links
+from ..guard import check_kinds, reads, refuse_links
 from ..data.files import find_texts, is_made_here, read_texts
 from ..train.plan import Machine, Preset, dial_preset, pick_preset, read_plan
 from ..train.ranks import lost_process, rank

@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'Optimizer', 'SGD', 'AdamW', 'newton_schulz', 'Muon', 'c
 
 # %% ../../nbs/40_train.optim.ipynb #2f2c2a21
 import math
-from typing import Callable, Iterable
+from typing import Iterable
 import torch
 from torch import Tensor, nn
 from .precision import pick_precision
