@@ -544,6 +544,17 @@ def check(
         raise problem from None
     print(problem or f"✓ {self.name}: right on all {len(self.cases)} cases.")
 
+# %% ../nbs/00f_check.ipynb #e1ad054f
+@patch
+def check_solution(
+    self: Exercise,
+    fn: Callable, # The solution that the lesson shows
+) -> None:
+    "Say that the lesson's own solution passes; it counts for no learner."
+    if problem := self.diagnose(fn):
+        raise problem from None
+    print(f"The reference solution of {self.name!r} passes.")
+
 @patch
 def hint(
     self: Exercise,

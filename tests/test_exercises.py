@@ -26,8 +26,9 @@ def is_import(cell) -> bool:
 
 
 def checks(cell) -> list:
-    "(name of the exercise, expression of the function) of the calls `ex.check(fn)` in a cell."
-    calls = [node for node in cell.nodes(ast.Call) if getattr(node.func, "attr", "") == "check"]
+    "(name of the exercise, function) of the calls `ex.check(fn)`, `ex.check_solution(fn)`."
+    names = {"check", "check_solution"}
+    calls = [node for node in cell.nodes(ast.Call) if getattr(node.func, "attr", "") in names]
     return [
         (call.func.value.id, ast.unparse(call.args[0]))
         for call in calls
@@ -93,6 +94,11 @@ class Collected:
             (self.stubs if cell.skipped else self.solutions)[exercise] = eval(function, space)
 
 
+def own_names(fn) -> set:
+    "The name of a function, and what a lambda around it calls."
+    return {fn.__name__} - {"<lambda>"} or set(fn.__code__.co_names) - {"_pattern"}
+
+
 def defines_exercise(cell) -> bool:
     "A folded cell that makes an exercise which has misconceptions, and is not part of a module."
     calls = [node for node in cell.nodes(ast.Call) if getattr(node.func, "id", "") == "Exercise"]
@@ -119,7 +125,9 @@ def test_each_has_stub_and_solution(lesson):
         assert name in lesson.stubs, (
             f"{name}: no cell with '#| eval: false' ends in {name}.check(...)"
         )
-        assert name in lesson.solutions, f"{name}: no solution cell ends in {name}.check(...)"
+        assert name in lesson.solutions, (
+            f"{name}: no solution cell ends in {name}.check_solution(...)"
+        )
         assert exercise.hints and exercise.misconceptions, f"{name} needs hints and misconceptions"
 
 
@@ -133,8 +141,16 @@ def test_stubs_fail(lesson, capsys):
 
 def test_solutions_pass(lesson, capsys):
     for name, exercise in each(lesson):
-        exercise.check(lesson.solutions[name])
-        assert "✓" in capsys.readouterr().out
+        exercise.check_solution(lesson.solutions[name])
+        said = capsys.readouterr().out
+        assert "reference solution" in said and "✓" not in said  # a tick is a learner's own
+
+
+def test_solutions_do_not_replace_an_answer(lesson):
+    "After Run All, the learner's function is still the learner's."
+    for name, exercise in each(lesson):
+        stub, solution = lesson.stubs[name], lesson.solutions[name]
+        assert own_names(stub).isdisjoint(own_names(solution)), f"{name}: the same name twice"
 
 
 def test_misconceptions_are_diagnosed_by_name(lesson):
