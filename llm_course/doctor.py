@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 import torch
 from .core import asset, is_online, check_device, pick_device, pick_dtype
-from .handout import lessons_folder
+from .progress import lessons_folder
 from .threads import spin_setting
 from .pipeline.report import short_number
 from .terminal import error_line
