@@ -1,6 +1,6 @@
 # make lab      open the lessons in JupyterLab      (make lab ARGS=--no-browser)
 # make test     every check that CI runs
-# make docs     the website, into _docs             (without Quarto: only as far as that goes)
+# make docs     the website, into _docs             (without Quarto: its pages, checked, into _proc)
 # make bench    measurements beside other libraries; what needs a GPU says so and is left out
 # make outputs  run every lesson and store its outputs
 # make checkpoint  train the models that ship: the base model for eight minutes, the others for five
@@ -27,9 +27,7 @@ test: $(READY)
 	$(SPIN) OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore tests/test_in_sync.py --ignore tests/test_rerun.py -n 2 --dist loadfile
 
 docs: $(READY)
-	@if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; else \
-	  $(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)" && \
-	  echo "The pages are prepared in _proc; install Quarto (https://quarto.org) to make a site of them."; fi
+	$(BIN)/python tools/pages.py --render
 
 bench: $(READY)
 	for script in benchmarks/*.py; do echo "== $$script"; $(SPIN) $(BIN)/python "$$script" || [ $$? = 2 ] || exit 1; done

@@ -3,7 +3,6 @@
 The tools run on a copy, so a failing test changes nothing. To mend the checkout, run the same tool.
 """
 
-import re
 import shutil
 import subprocess
 import sys
@@ -69,16 +68,3 @@ def test_nbdev_clean_would_notice(copy):
 def test_readme_is_made_from_the_index():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == readme.make(), "run make readme and commit README.md"
-
-
-def test_pages_can_be_made(copy):
-    "The part of the site's build that needs no Quarto; it runs each exported cell and import."
-    shutil.copy(ROOT / "_quarto.yml", copy)
-    code = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=2)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, encoding="utf-8"
-    )
-    if result.returncode:
-        wrong = re.findall(r"^(?:\w*(?:Error|Exception):|show_doc).*", result.stderr, flags=re.M)
-        pytest.fail("the site cannot be built:\n" + "\n".join(wrong), pytrace=False)
-    assert files(copy / "_proc", "*.ipynb").keys() == files(copy / "nbs", "*.ipynb").keys()
