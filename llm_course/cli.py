@@ -137,24 +137,6 @@ def _doctor() -> None:
     console.print(f"{failed} of these must be mended first." if failed else "All is well.")
     raise typer.Exit(1 if failed else 0)
 
-# %% ../nbs/98b_cli.ipynb #b63580fc
-@command
-def _progress(
-    *,
-    certificate: Path | None = None, # Write a page to print into this file
-    name: str = "A learner",         # Who is named on it
-    verify: Path | None = None,      # Compare such a page with the record on this computer
-) -> None:
-    "Which exercises you have passed; a page to print, and a check of such a page."
-    from llm_course.certificate import check_certificate, show_progress, write_certificate
-    if verify:
-        typer.echo(check_certificate(verify))
-    elif certificate:
-        number = write_certificate(certificate, name)
-        typer.echo(f"{number} exercises, on {visible_text(str(certificate))}: open it and print it")
-    else:
-        show_progress()
-
 # %% ../nbs/98b_cli.ipynb #e9eaf416
 def _text_options(
     *,
@@ -320,3 +302,15 @@ def _eval(
 def _as_json(figures: dict) -> str:
     "Figures for another program."
     return json.dumps({k: round(v, 6) for k, v in figures.items()})
+
+# %% ../nbs/98b_cli.ipynb #68cfa39a
+@command
+def _report(
+    run: Path,                  # A run's folder, finished or not
+    *,
+    device: str | None = None,  # cuda, mps or cpu; by default the fastest
+) -> None:
+    "Write the report card of a run as far as it is."
+    from llm_course.pipeline.build import report_run
+    from llm_course.train.plan import Machine
+    typer.echo(f"Report card: {visible_text(str(report_run(run, Machine(device))))}")

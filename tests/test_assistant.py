@@ -1,6 +1,7 @@
 "From a model to an assistant: own conversations, own preferences, a process that is killed, and a talk of ten turns."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,16 +284,40 @@ def test_a_letter_that_is_unknown_does_not_end_the_chat(tmp_path):
     assert "\u6f22" in output and output.rstrip().splitlines()[-1].startswith("The cat")
 
 
-def test_a_stopped_run_can_be_talked_to_and_evaluated(tmp_path):
+def test_a_stopped_run_can_be_talked_to_evaluated_and_reported(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "stopper.py").write_text("import os, signal\n\n\ndef stop(row):\n"
+                                         "    os.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
-    call("train", "--data", tmp_path / "a.txt", "--out", run, "--preset", "tiny", "--layers", 1, "--width", 32,
-         "--steps", 4, "--device", "cpu", "--vocab-size", 300)
-    facts = json.loads((run / "stages.json").read_text(encoding="utf-8"))
-    del facts["model"]
-    (run / "stages.json").write_text(json.dumps(facts), encoding="utf-8")
-    (run / "model.safetensors").unlink()
-    assert "is not finished: this is its best model so far, of step" in call("eval", run, "--device", "cpu")
+    sizes = ["--preset", "tiny", "--layers", 1, "--width", 32, "--steps", 40, "--device", "cpu", "--vocab-size", 300]
+    output = call("train", "--data", tmp_path / "a.txt", "--out", run, *sizes, "--tracker", "stopper:stop", code=130)
+    assert "nothing is lost" in output and not (run / "model.safetensors").exists()
+
+    said = "is not finished: this is its best model so far, of step 10"
+    assert said in call("eval", run, "--device", "cpu")
     assert "The cat" in call("chat", run, "--tokens", 3, "--device", "cpu", stdin="The cat\n")
-    (run / "checkpoints" / "best.safetensors").unlink()
+    assert said in call("report", run, "--device", "cpu")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Not finished: this is step 10." in page and "bits per byte" in page
+
+    (run / "checkpoints" / "best.safetensors").unlink()  # as if stopped before the first look
+    for command in ("eval", "report"):
+        assert "this is its last checkpoint, of step 10" in call(command, run, "--device", "cpu")
+    [newest] = (run / "checkpoints").glob("step-*")
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-1])
+    for command in ("eval", "report"):
+        output = call(command, run, "--device", "cpu", code=2)
+        assert "no checkpoint can be read" in output and output.count("\n") == 1
+    newest.write_bytes(whole)
+    assert "trained     40 steps" in call("train", "--out", run)
+    assert "not finished" not in call("report", run, "--device", "cpu")
+    assert "Not finished" not in (run / "report.html").read_text(encoding="utf-8")
+
+    shutil.rmtree(run / "checkpoints")
+    (run / "model.safetensors").unlink()
     assert "has no model.safetensors: is it a finished run?" in call("eval", run, "--device", "cpu", code=2)
+    for nothing in (run, tmp_path / "nowhere"):
+        output = call("report", nothing, "--device", "cpu", code=2)
+        assert nothing.name in output and output.count("\n") == 1

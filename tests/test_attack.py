@@ -1,10 +1,16 @@
 "Files, names and numbers as a stranger would send them: one sentence with the file's name, and nothing foreign touched."
 import json
+import math
 import os
+import random
 import re
-import sys
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -289,10 +295,50 @@ def test_a_run_that_is_stopped_at_each_of_its_files_goes_on_with_what_was_asked(
     assert (new / "assistant.safetensors").exists()
 
 
-def test_a_step_of_endless_batches_is_given_up_within_a_second_and_repeated_to_the_bit(tmp_path):
-    import signal
-    import time
+def test_a_build_that_is_stopped_at_each_of_its_files_goes_on_with_what_was_asked(tmp_path, monkeypatch):
+    text, run = tmp_path / "book.txt", tmp_path / "run"
+    text.write_text("".join(f"The cat saw {n} mice and ate {n % 7}.\n" for n in range(400)), encoding="utf-8")
+    chats, wishes = tmp_path / "chats.jsonl", tmp_path / "wishes.jsonl"
+    said = [[{"role": "user", "content": f"How many {n}?"}, {"role": "assistant", "content": f"{n} mice."}]
+            for n in range(12)]
+    chats.write_text("".join(json.dumps({"messages": m}) + "\n" for m in said), encoding="utf-8")
+    wishes.write_text("".join(json.dumps({"prompt": f"How many {n}?", "chosen": "Two.", "rejected": f"I saw {n}."})
+                              + "\n" for n in range(12)), encoding="utf-8")
+    begin = ["build", "--data", text, "--chats", chats, "--preferences", wishes, "--method", "grpo", "--depth", 1,
+             "--steps", 20, "--device", "cpu", "--out", run, "--seed", 5]
+    assert stopped_at_each_file(monkeypatch, begin, ["build", "--out", run], run) >= 15
+    asked = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
+    assert (asked["data"], asked["seed"], asked["steps"], asked["depth"]) == (str(text), 5, 20, 1)
+    assert asked["teaching"] == {"chats": str(chats), "preferences": str(wishes), "method": "grpo"}
+    facts = json.loads((run / "stages.json").read_text(encoding="utf-8"))
+    assert list(facts) == ["tokenizer", "tokens", "plan", "model", "sft", "reward", "policy", "report"]
+    assert facts["tokenizer"]["source"] == str(text) and facts["model"]["steps"] == 20
+    assert "What it answers" in (run / "report.html").read_text(encoding="utf-8")
 
+
+@posix
+def test_ctrl_c_in_the_tokenizers_stage_is_heard_within_a_second_by_all_its_processes(tmp_path):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(300_000)]
+    (tmp_path / "big.txt").write_text("\n".join(" ".join(words[i:i + 9]) for i in range(0, 300_000, 9)) * 5,
+                                      encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    process = subprocess.Popen([sys.executable, "-m", "llm_course", "build", "--data", "big.txt", "--out", "run"],
+                               cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    while process.poll() is None and not (tmp_path / "run" / "config.json").exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    assert process.poll() is None and not (tmp_path / "run" / "tokenizer.bpe").exists()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all of them
+    pressed = time.perf_counter()
+    said = process.stderr.readline()
+    assert time.perf_counter() - pressed < 1 and "Stopped; nothing is lost" in said, said
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err == "", err
+
+
+def test_a_step_of_endless_batches_is_given_up_within_a_second_and_repeated_to_the_bit(tmp_path):
     from llm_course.data.batches import RandomWindows
     from llm_course.train.loop import TrainConfig, train
     row = torch.randint(0, 50, (20_000,), generator=torch.Generator().manual_seed(0)).numpy().astype("<u2")
@@ -317,3 +363,149 @@ def test_a_step_of_endless_batches_is_given_up_within_a_second_and_repeated_to_t
         run("short", 600, 0.5)
     whole, again = run("whole", 600), run("short", 600)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+# --- Populations ---------------------------------------------------------------------------------
+
+def test_a_population_is_counted_before_anything_is_made():
+    from llm_course.evolve.cma import CMAES
+    from llm_course.evolve.population import LowRankNoise
+    from llm_course.evolve.search import GA, HillClimb, RandomSearch
+    from llm_course.evolve.strategies import ES
+    tracemalloc.start()
+    for kind in (GA, HillClimb, RandomSearch, ES, CMAES):
+        with pytest.raises(MemoryError, match=r"a generation of 10,000,000,000,000 candidates .* GB, and cpu has"):
+            kind(torch.zeros(50), population=10**13)
+    with pytest.raises(MemoryError, match="the shape of the draws would take 32,000.0 GB"):
+        CMAES(torch.zeros(10**6), diagonal=False)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    thin = LowRankNoise({"w": (1000, 1000)})  # as many dense candidates would take 800 GB
+    assert ES(torch.zeros(10**6), 10**5, noise=thin).demand() == 2 * 10**5 * 2000 * 4
+
+
+def decided(store, text):
+    "What a worker makes of a decision that somebody wrote, and how long it takes."
+    from llm_course.evolve.distributed import Exchange, evolve_together
+    from llm_course.evolve.strategies import ES
+    exchange, es = Exchange(store, 0, 2, patience=5), ES(torch.zeros(6), 8, 0.1, 0.05)
+    exchange.take_part(es, lambda x, generation: x.sum(dim=1), block=2)
+    exchange.post("0/decision", text.encode())
+    begun = time.perf_counter()
+    try:
+        evolve_together(es, lambda x, generation: x.sum(dim=1), exchange, 1, block=2)
+        return None, time.perf_counter() - begun
+    except RuntimeError as error:
+        return str(error), time.perf_counter() - begun
+
+
+def test_a_hostile_decision_is_refused_by_its_shape_and_nobody_waits():
+    from torch.distributed import HashStore
+    hostile = ["", "null", "7", "[]", "[[0]]", "[[0], []]", "[[0], [0], [0]]", "[[0], [5]]", "[[-1], [0]]",
+               "[[0, 0], [0]]", "[[0], [0, 0]]", "[[1], [0]]", "[[0.0], [0]]", "[[true], [0]]", "[[0], [false]]",
+               '[["0"], [0]]', '{"0": 0}', "[[0], [1, 0]]", "[[0], [null]]", "[" * 100_000, "[[0], [1e99]]", "\x1b[2J"]
+    for text in hostile:
+        said, seconds = decided(HashStore(), text)
+        assert said and "is no decision of these workers" in said, (text, said)
+        assert "\x1b" not in said and seconds < 1
+    assert decided(HashStore(), "[[0], [0, 1]]")[0] is None
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\0" * 12, b"\0" * 4096])
+def test_a_share_of_scores_of_the_wrong_length_is_refused(content):
+    from torch.distributed import HashStore
+
+    from llm_course.evolve.distributed import Exchange, evolve_together
+    from llm_course.evolve.strategies import ES
+    store, es = HashStore(), ES(torch.zeros(6), 8, 0.1, 0.05)
+    ours, theirs = (Exchange(store, r, 2, patience=5) for r in range(2))
+    theirs.take_part(ES(torch.zeros(6), 8, 0.1, 0.05), lambda x, generation: x.sum(dim=1), block=2)
+    checksum = theirs.store.get("0/1")[:8]
+    theirs.post("0/1", checksum + content)
+    begun = time.perf_counter()
+    with pytest.raises(RuntimeError, match=r"worker 1 sent \d+ bytes of scores in generation 0, and 4 candidates need 16"):
+        evolve_together(es, lambda x, generation: x.sum(dim=1), ours, 1, block=2)
+    assert time.perf_counter() - begun < 1
+
+
+# --- Files that load, but fail in use -----------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A small finished run."
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "book.txt").write_text("".join(f"The cat saw {n} mice.\n" for n in range(400)), encoding="utf-8")
+    result = command("train", "--data", folder / "book.txt", "--out", folder / "run", "--preset", "tiny", "--layers", 1,
+                     "--width", 32, "--context", 64, "--batch-size", 8, "--steps", 10, "--device", "cpu",
+                     "--vocab-size", 300)
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+@pytest.fixture
+def run_copy(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def sentences(run, *commands, names):
+    "Each command says one sentence that names the file, and ends with 2."
+    for words in commands:
+        result = command(words, run, "--device", "cpu")
+        assert result.exit_code == 2 and result.output.count("\n") == 1, result.output
+        assert any(name in result.output for name in names), result.output
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_said_when_the_model_is_opened(run_copy, value):
+    model = load_model(run_copy / "model.safetensors")
+    with torch.no_grad():
+        model.blocks[0].attention.query.weight[0, 0] = value
+    save_model(model, run_copy / "model.safetensors")
+    sentences(run_copy, "chat", "eval", "report", names=["model.safetensors is damaged: some numbers of blocks.0"])
+
+
+def test_weights_too_large_to_compute_with_are_said_and_no_answer(run_copy):
+    model = load_model(run_copy / "model.safetensors")
+    with torch.no_grad():
+        model.head.weight.fill_(3e38)
+    save_model(model, run_copy / "model.safetensors")
+    sentences(run_copy, "eval", "report", names=["is the model broken?"])
+    from typer.testing import CliRunner
+
+    from llm_course.cli import app
+    result = CliRunner().invoke(app, ["chat", str(run_copy), "--device", "cpu"], input="The cat\n")
+    assert result.exit_code == 2 and "is the model broken?" in result.output, result.output
+
+
+@pytest.mark.parametrize("vocab_size", [280, 320])
+def test_a_tokenizer_of_another_model_is_said_when_they_are_opened(run_copy, vocab_size):
+    from llm_course.tokens.bpe import BPETokenizer
+    text = (run_copy.parent / "x.txt", "".join(f"The cat saw {n} mice and owls.\n" for n in range(400)))[1]
+    BPETokenizer.train([text], vocab_size).save(run_copy / "tokenizer.bpe")
+    sentences(run_copy, "chat", "eval", "report", names=["tokenizer.bpe has"])
+
+
+def test_tokens_beyond_the_vocabulary_are_said_before_they_are_looked_up(copy):
+    import zlib
+    header = json.loads((copy / "shards" / "shards.json").read_text(encoding="utf-8"))
+    [entry] = header["shards"]
+    ids = (b"\xff\xff" + (copy / "shards" / entry["file"]).read_bytes()[2:])
+    (copy / "shards" / entry["file"]).write_bytes(ids)
+    entry["crc32"] = zlib.crc32(ids)
+    (copy / "shards" / "shards.json").write_text(json.dumps(header), encoding="utf-8")
+    with pytest.raises(ValueError, match="00000.bin holds the token 65535, and its header says there are"):
+        Shards(copy / "shards", check=True)
+
+
+@pytest.mark.parametrize("pattern", ["(?:" * 60 + "a" + "){1,1000}" * 60, "(?:(?:(?:a{1000}){1000}){1000}){1000}",
+                                     "(?:" * 30 + "a" + ")+" * 30, "(" * 3000 + "a" + ")" * 3000, "a{99999999999}",
+                                     "(?<=" * 900 + "a" + ")" * 900, "a" * 20_000, "(?P<x", "(?:[a-z]{2,}\\s*){60000}b"])
+def test_a_pattern_that_takes_the_machine_is_refused_before_it_is_compiled(copy, pattern):
+    lines = (copy / "tokenizer.bpe").read_text(encoding="utf-8").split("\n")
+    about = {**json.loads(lines[1]), "pattern": pattern}
+    (copy / "tokenizer.bpe").write_text("\n".join([lines[0], json.dumps(about), *lines[2:]]), encoding="utf-8")
+    begun = time.perf_counter()
+    with pytest.raises(ValueError, match="tokenizer.bpe, line 2"):
+        load_tokenizer(copy / "tokenizer.bpe")
+    assert time.perf_counter() - begun < 1

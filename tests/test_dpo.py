@@ -225,6 +225,22 @@ def test_best_of_n_keeps_the_best(start):
     assert math.isclose(best.kl, math.log(5) - 4 / 5)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_best_of_n_never_keeps_an_answer_whose_reward_is_no_number(start, value):
+    model, tokenizer = start
+    prompts = [say("Who?"), say("What is it?")]
+    rewards = torch.tensor([1.0, value, 3.0, value, 2.0, value, -5.0, value, value, value])
+    best = best_of_n(model, tokenizer, prompts, lambda m, a: rewards, 5, 12)
+    assert best.rewards.tolist() == [3.0, -5.0]
+    rewards[6] = value
+    with pytest.raises(ValueError, match="no answer to prompt 1 has a reward that is a number"):
+        best_of_n(model, tokenizer, prompts, lambda m, a: rewards, 5, 12)
+    good = torch.ones(1, 4)
+    for proxy, true in [(good, good * value), (good * value, good)]:
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            best_of_n_expected(proxy, true, 2)
+
+
 def test_the_bound_of_best_of_n_holds_and_is_sharp_for_many_answers():
     assert best_of_n_kl(1) == 0
     for n in (2, 4, 16):

@@ -16,7 +16,7 @@ from llm_course.align.policy_tuner import (
     AdaptiveKL, PolicyConfig, PolicyTuner, _trusted, policy_outputs, train_policy)
 from llm_course.align.rl import (
     PolicyOutputs, average_tokens, gae, group_advantages, grpo_loss, kl_estimates, ppo_loss)
-from llm_course.align.rlhf import answer_kl
+from llm_course.align.rlhf import answer_kl, evaluate_policy
 from llm_course.align.chat import add_chat_tokens
 from llm_course.world.writers import say
 from llm_course.core import asset
@@ -442,3 +442,15 @@ def test_a_reward_that_raises_leaves_a_checkpoint(tiny, tmp_path):
                      save_every=100)
     tensors, facts = read_checkpoint(tmp_path / "policy.safetensors")
     assert facts["step"] == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_evaluation_leaves_rewards_out_that_are_no_numbers_and_counts_them(tiny, value):
+    model, tokenizer, prompts = tiny
+    n = len(prompts)
+    row = evaluate_policy(model, tokenizer, prompts, {"good": vowels, "odd": spoiled(1 / n, value)}, seed=3)
+    r = draw_answers(model, tokenizer, prompts, 1, 40, forget=False, seed=3)
+    assert math.isclose(row["odd"], vowels(r.messages, r.answers)[1:].mean(), rel_tol=1e-6)
+    assert row["odd, left out"] == 1 and "good, left out" not in row
+    with pytest.raises(FloatingPointError, match=f"{n} of {n} rewards by 'odd' are NaN or infinite"):
+        evaluate_policy(model, tokenizer, prompts, {"odd": spoiled(1.0, value)})

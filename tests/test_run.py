@@ -171,3 +171,80 @@ def test_loss_that_is_no_number_stops_with_the_lengths_of_the_gradient(text):
     folder = text.parent / "infinite"
     output = call("train", "--data", text, "--out", folder, *SIZES, "--lr", "1e30", "--lr-matrix", "1e30", code=2)
     assert "not a finite number" in output and "lengths of the gradient" in output
+
+
+# --- Processes that do not meet ------------------------------------------------------------------
+
+@pytest.mark.parametrize("given, says", [
+    ({"RANK": "1", "WORLD_SIZE": "2"}, "but MASTER_ADDR and MASTER_PORT not"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "but MASTER_PORT not"),
+    ({"RANK": "0"}, "but WORLD_SIZE and MASTER_ADDR and MASTER_PORT not"),
+    ({"WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "but RANK not"),
+    ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK must be a number from 0"),
+    ({"RANK": "-1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK must be a number from 0"),
+    ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK must be a number from 0"),
+])
+def test_half_of_what_torchrun_says_is_one_clear_sentence(text, monkeypatch, given, says):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    output = call("train", "--data", text, "--out", text.parent / "half", *SIZES, code=2)
+    assert says in output and "unset RANK and WORLD_SIZE" in output and output.count("\n") == 1
+    assert not (text.parent / "half").exists()
+
+
+def test_one_process_of_one_works_alone(monkeypatch):
+    from llm_course.train.workers import join_group
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with join_group("cpu") as device:
+        assert device.type == "cpu"
+
+
+def test_others_that_never_come_are_one_clear_sentence(monkeypatch, capsys):
+    import socket
+
+    from llm_course.terminal import exit_code
+    from llm_course.train.workers import join_group
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectionError, match=f"process 1 of 2 has not met the others at 127.0.0.1:{port}") as raised:
+        with join_group("cpu", minutes=0.02):
+            pass
+    assert exit_code(raised.value) == 2
+    assert f"waits at 127.0.0.1:{port} for the others, at most 0.02 minutes" in capsys.readouterr().err
+
+
+PROBE = """
+import os, sys
+import torch.distributed as dist
+from llm_course.cli import app, command
+from llm_course.train.workers import join_group
+
+@command
+def _probe() -> None:
+    "Fails in the second process only."
+    with join_group("cpu"):
+        if os.environ["RANK"] == "1":
+            raise ValueError("row 7 of my share is no number")
+        dist.barrier()
+app(["probe"])
+"""
+
+
+@posix
+def test_an_error_in_the_second_process_only_is_shown(tmp_path):
+    (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run([*program, str(tmp_path / "probe.py")], env=environment, capture_output=True, text=True,
+                            timeout=90)
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if line.startswith("llm-course: process 1: ")]
+    assert said == ["llm-course: process 1: row 7 of my share is no number"], result.stderr

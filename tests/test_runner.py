@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -229,3 +230,64 @@ def test_float16_without_a_finite_gradient_is_stopped_and_its_layer_named():
         assert not scale.update(bad, model)
     with pytest.raises(FloatingPointError, match=r"20 float16 steps .* not finite in 1\.weight"):
         scale.update(bad, model)
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "watch"])
+def test_a_failure_in_a_look_or_a_watcher_saves_the_step_first_and_says_where(tmp_path, kind, capsys):
+    class Clumsy(Count):
+        def evaluate(self):
+            super().evaluate()
+            if kind == "evaluate" and self.step == 3:
+                raise KeyError("a mistake in the look")
+
+    def watch(job):
+        if kind == "watch" and job.step == 3:
+            raise KeyError("a mistake in the watcher")
+
+    with pytest.raises(KeyError, match="a mistake"):
+        run_job(Clumsy(steps=7), tmp_path, save_every=100, eval_every=3, watch=watch)
+    said = capsys.readouterr().out
+    assert "What came after step 3 failed" in said and str(tmp_path / "run.safetensors") in said
+    again = run_job(Count(steps=7), tmp_path, save_every=100, eval_every=3)
+    assert again.step == 7 and again.looks == [3, 6, 7]
+
+
+def test_the_best_is_kept_even_if_its_watcher_fails(tmp_path):
+    def clumsy(trainer):
+        if trainer.progress.step == 4:
+            raise KeyError("a mistake")
+
+    model, batches = make_training()
+    valid = [batches.batch(0)]
+    whole, whole_batches = make_training()
+    train(whole, whole_batches, TrainConfig(steps=8), valid, tmp_path / "whole", 2, watch=None)
+    with pytest.raises(KeyError):
+        train(model, batches, TrainConfig(steps=8), valid, tmp_path / "run", 2, watch=clumsy)
+    best = read_checkpoint(tmp_path / "run" / "best.safetensors")[1]["progress"]
+    assert best["step"] == 4 and best["history"][-1]["valid"] == best["best"]
+    model, batches = make_training()
+    train(model, batches, TrainConfig(steps=8), valid, tmp_path / "run", 2, watch=None)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), whole.parameters()))
+
+
+def test_numbers_that_are_none_are_not_saved_by_a_look_that_fails(tmp_path):
+    class Spoilt(Count):
+        def evaluate(self):
+            raise FloatingPointError("the loss is not a finite number")
+
+    with pytest.raises(FloatingPointError):
+        run_job(Spoilt(steps=7), tmp_path, save_every=3)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_stop_in_a_long_step_is_heard_within_a_second(tmp_path, capsys):
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt, match="Stopped after step 1, saved in"):
+        run_job(Count(steps=9, pause=1.6), tmp_path)
+    assert capsys.readouterr().err.startswith("Stopping: the step under way is finished first. Ctrl-C again")
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_job(Count(steps=9, pause=0.2), tmp_path)
+    assert capsys.readouterr().err == ""  # a short step needs no word

@@ -27,6 +27,16 @@ def best_of_n_kl(
     "How far choosing the best of n moves a policy, at most (arXiv:2401.01879)."
     return math.log(n) - (n - 1) / n
 
+def _trusted_best(rewards: Tensor) -> tuple[Tensor, list[int]]:
+    "The highest of each row (B, n) that is finite, and its place. `ValueError` for a row of none."
+    good = rewards.isfinite()
+    if not good.any(dim=1).all():
+        raise ValueError(f"no answer to prompt {int((~good.any(dim=1)).nonzero()[0])} has a reward "
+                         "that is a number: look at the reward")
+    found, best = rewards.masked_fill(~good, -math.inf).max(dim=1)
+    return found, best.tolist()
+
+# %% ../../nbs/78_align.choose.ipynb #f3715e2f
 def best_of_n(
     model: GPT,                      # Answers
     tokenizer,                       # Knows the tokens of a chat
@@ -36,13 +46,13 @@ def best_of_n(
     max_new_tokens: int = 40,        # Longer answers are cut
     **sampling,                      # temperature, generator ... of `sample_batch`
 ) -> BestAnswers:
-    "Draw n answers to each prompt and keep the one with the highest reward."
+    "Draw n answers to each prompt and keep the one with the highest reward that is a number."
     r = draw_answers(model, tokenizer, conversations, n, max_new_tokens, forget=False,
                      **sampling)
     rewards = reward(r.messages, r.answers).float().view(-1, n)
-    best = rewards.argmax(dim=1).tolist()
+    found, best = _trusted_best(rewards)
     answers = [r.answers[i * n + j] for i, j in enumerate(best)]
-    return BestAnswers(answers, rewards.amax(dim=1), rewards, best_of_n_kl(n))
+    return BestAnswers(answers, found, rewards, best_of_n_kl(n))
 
 # %% ../../nbs/78_align.choose.ipynb #2df260eb
 def best_of_n_expected(
@@ -51,6 +61,8 @@ def best_of_n_expected(
     n: int,         # Answers to choose from
 ) -> tuple[float, float, float]: # Means: proxy and true of the best of n, and its KL in nats
     "What best of n gives and how far it goes, exactly, if these M answers are all there are."
+    if not (proxy.isfinite() & true.isfinite()).all():
+        raise ValueError("some rewards are NaN or infinite; leave those answers out first")
     found = []
     for p, t in zip(proxy.double(), true.double()):
         levels, which, counts = p.unique(return_inverse=True, return_counts=True)

@@ -10,10 +10,11 @@ import json, math
 from pathlib import Path
 from typing import Callable
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from ..core import atomic_write
+from ..guard import reading
 from ..model.gpt import GPT
 
 # %% ../../nbs/72a_align.lora.ipynb #147f849f
@@ -100,20 +101,19 @@ def save_lora(
 # %% ../../nbs/72a_align.lora.ipynb #b382e4aa
 def _read_adapter(folder: Path) -> tuple[float, dict[str, Tensor]]:
     "How much the detours count, and their matrices. Raises `ValueError` for another kind."
-    try:
+    with reading(folder / _FILES[0], "adapter's configuration"):
         config = json.loads((folder / _FILES[0]).read_text(encoding="utf-8"))
         r, alpha = config["r"], config["lora_alpha"]
         scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-        with safe_open(folder / _FILES[1], "pt") as f:
-            weights = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{folder} holds no adapter that can be read ({error})") from None
+        if not math.isfinite(scale):
+            raise ValueError(f"r is {r} and lora_alpha {alpha}")
     strange = [k for k in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
                            "fan_in_fan_out") if config.get(k)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or strange:
         raise ValueError(f"{folder} is an adapter of another kind: {config.get('peft_type')!r}, "
                          f"bias {config.get('bias')!r}, {strange}; plain LoRA can be read")
-    return scale, weights
+    with reading(folder / _FILES[1], "adapter"), safe_open(folder / _FILES[1], "pt") as f:
+        return scale, {name: f.get_tensor(name) for name in f.keys()}
 
 # %% ../../nbs/72a_align.lora.ipynb #f4c6f189
 def _fitting(model: GPT, weights: dict[str, Tensor], folder: Path) -> dict[str, tuple]:

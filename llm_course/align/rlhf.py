@@ -31,6 +31,16 @@ def answer_kl(
     return torch.cat(found)
 
 # %% ../../nbs/76_align.rlhf.ipynb #231adcf2
+def _mean_of_numbers(name: str, rewards: Tensor) -> dict:
+    "The mean of the rewards (B,) that are finite, and how many are not; over half is an error."
+    good = rewards[rewards.isfinite()]
+    lost = len(rewards) - len(good)
+    if 2 * lost > len(rewards):
+        raise FloatingPointError(f"{lost} of {len(rewards)} rewards by {name!r} are NaN or "
+                                 "infinite: look at the reward")
+    return {name: good.mean().item(), **({f"{name}, left out": lost} if lost else {})}
+
+# %% ../../nbs/76_align.rlhf.ipynb #f26195cb
 def evaluate_policy(
     model: GPT,                      # The policy
     tokenizer,                       # Knows the tokens of a chat
@@ -44,7 +54,9 @@ def evaluate_policy(
     g = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     r = draw_answers(model.eval(), tokenizer, prompts, 1, max_new_tokens, forget=False,
                      generator=g)
-    row = {name: f(r.messages, r.answers).float().mean().item() for name, f in rewards.items()}
+    row = {}
+    for name, f in rewards.items():
+        row |= _mean_of_numbers(name, f(r.messages, r.answers).float())
     row["length"] = r.mask.sum().item() / len(r.mask)
     row["finished"] = r.finished.float().mean().item()
     if reference is not None:

@@ -161,15 +161,19 @@ def _read_header(folder: Path) -> dict:
                          "damaged; write the shards again")
     return header
 
-def _open_shard(path: Path, entry: dict, dtype: np.dtype, check: bool) -> np.ndarray:
+# %% ../../nbs/22b_data.shards.ipynb #346d5502
+def _open_shard(path: Path, entry: dict, V: int, check: bool) -> np.ndarray:
     "Map a file of tokens. Raises `ValueError` when it is not what the header says."
     size = path.stat().st_size if path.is_file() else 0
     if size != entry["bytes"]:
         raise ValueError(f"{path} has {size:,} bytes and should have {entry['bytes']:,}: it is cut "
                          "off or from elsewhere; write the shards again")
-    tokens = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+    tokens = np.asarray(np.memmap(path, dtype=token_dtype(V), mode="r"))
     if check and zlib.crc32(tokens) != entry["crc32"]:
         raise ValueError(f"{path} is damaged: its checksum differs; write the shards again")
+    if check and len(tokens) and int(tokens.max()) >= V:
+        raise ValueError(f"{path} holds the token {tokens.max()}, and its header says there are "
+                         f"{V}: it is damaged or from elsewhere; write the shards again")
     return tokens
 
 # %% ../../nbs/22b_data.shards.ipynb #4511f3b2
@@ -185,7 +189,7 @@ def _open_folder(path: Path, check: bool) -> tuple[dict, list[np.ndarray]]:
     for entry in header["shards"]:
         if Path(entry["file"]).name != entry["file"]:
             raise ValueError(f"{path} names a file elsewhere: {entry['file']!r}")
-    return header, [_open_shard(path.parent / entry["file"], entry, token_dtype(V), check)
+    return header, [_open_shard(path.parent / entry["file"], entry, V, check)
                     for entry in header["shards"]]
 
 # %% ../../nbs/22b_data.shards.ipynb #a4fded09

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..core import patch
-from .runs import Strategy
+from .runs import Strategy, check_room
 
 # %% ../../nbs/63_evolve.cma.ipynb #e2b3edfc
 class CMARates(NamedTuple):
@@ -57,6 +57,7 @@ class CMAES(Strategy):
         self.diagonal = n > 1000 if diagonal is None else diagonal
         super().__init__(start.double(), population or 4 + int(3 * math.log(n)), seed,
                          sigma=sigma, diagonal=self.diagonal)
+        check_room((n if self.diagonal else n * n) * 32, start.device, "the shape of the draws")
         one = torch.ones_like(self.mean) if self.diagonal else torch.eye(n).to(self.mean)
         self.memory |= {"C": one.clone(), "axes": one.clone(), "path": torch.zeros_like(self.mean),
                         "lengths": torch.ones_like(self.mean), "turns": torch.zeros_like(self.mean)}

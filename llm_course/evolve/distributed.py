@@ -44,6 +44,10 @@ class Exchange:
         return (self.decision(generation - 1) or (0, list(range(self.workers))))[1]
 
 # %% ../../nbs/64_evolve.distributed.ipynb #61f7d4f4
+def _is_group(some: list, workers: int) -> bool:
+    "Are these numbers of workers, each once and in order?"
+    return all(type(r) is int and 0 <= r < workers for r in some) and sorted({*some}) == some
+
 @patch
 def understood(
     self: Exchange,
@@ -53,7 +57,7 @@ def understood(
     text = self.store.get(key)
     try:
         here, members = json.loads(text)
-        good = {*here} <= {*range(self.workers)} and {*members} <= {*range(self.workers)}
+        good = all(_is_group(some, self.workers) for some in (here, members))
     except (ValueError, TypeError, RecursionError):
         good = False
     g = key.split("/")[0]

@@ -42,6 +42,7 @@ class LowRankNoise:
     ):
         self.shapes, self.rank = tuple(shapes.values()), rank
         self.n = sum(math.prod(shape) for shape in self.shapes)
+        self.numbers = rank * sum(math.prod(s[:1]) + math.prod(s[1:]) for s in self.shapes)
 
     def draw(self, count: int, generator: torch.Generator) -> LowRank:
         "Thin matrices of `count` perturbations."

@@ -70,8 +70,8 @@ class ES(Strategy):
         if population % 2:
             raise ValueError(f"population is {population}; expected an even number, for pairs")
         noise = noise or Noise(len(start))
-        super().__init__(start, population, seed, sigma=sigma, lr=lr, noise=type(noise).__name__)
         self.sigma, self.lr, self.noise, self.present = sigma, lr, noise, None
+        super().__init__(start, population, seed, sigma=sigma, lr=lr, noise=type(noise).__name__)
         self.memory |= {"m": torch.zeros_like(self.mean), "v": torch.zeros_like(self.mean)}
 
     def propose(self, generator: torch.Generator) -> Tensor:

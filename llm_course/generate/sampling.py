@@ -102,9 +102,9 @@ def sample_token(
     min_p: float | None = None,  # As in `filter_logits`
     generator: torch.Generator | None = None,  # Where the random numbers come from
 ) -> Tensor:                     # Token ids, () or (B,)
-    "Draw one token per row. Raises `ValueError` for senseless settings and broken logits."
+    "Draw one token per row. Raises for senseless settings and broken logits."
     if not logits.amax(dim=-1).isfinite().all():
-        raise ValueError("the largest logit is NaN or infinite: is the model broken?")
+        raise FloatingPointError("the largest logit is NaN or infinite: is the model broken?")
     if temperature == 0:
         check_sampling(temperature, top_k, top_p, min_p)
         return logits.argmax(dim=-1)

@@ -56,9 +56,9 @@ def draw_tokens(
     min_p: float | None = None, # As in `filter_logits`
     generator: torch.Generator | None = None, # Where the random numbers come from
 ) -> tuple[Tensor, Tensor]:     # Tokens (B,), and their log-probabilities before the filters
-    "One token a row, by one random number a row. Raises `ValueError` for broken logits."
+    "One token a row, by one random number a row. Raises `FloatingPointError` for broken logits."
     if not logits.amax(dim=-1).isfinite().all():
-        raise ValueError("the largest logit is NaN or infinite: is the model broken?")
+        raise FloatingPointError("the largest logit is NaN or infinite: is the model broken?")
     told = apply_temperature(logits, temperature or 1.0).log_softmax(dim=-1)
     if temperature == 0:
         drawn = logits.argmax(dim=-1, keepdim=True)

@@ -81,6 +81,12 @@ def _check_demand(
         raise ValueError(f"{path} asks for {config.context_length:,} positions, which takes "
                          f"{4 * table / 1e9:,.1f} GB")
 
+def _check_numbers(state: dict, path: Path) -> None:
+    "Raise `ValueError` for weights that nobody can compute with."
+    for name, weights in state.items():
+        if weights.numel() and not torch.stack(weights.aminmax()).isfinite().all():
+            raise ValueError(f"{path} is damaged: some numbers of {name} are NaN or infinite")
+
 # %% ../../nbs/33a_model.files.ipynb #6318d2f5
 @reads("model")
 def load_model(
@@ -97,6 +103,7 @@ def load_model(
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
     _check_demand(config, state, path)
+    _check_numbers(state, path)
     if config.style.tied_head:
         state["head.weight"] = state["embed.weight"]
     with torch.device("meta"):

@@ -6,8 +6,9 @@
 __all__ = ['SAFE_CUTS', 'cut_places', 'PieceCounter', 'CountingProcess', 'serve_counts']
 
 # %% ../../nbs/20b_tokens.count.ipynb #6a32da0d
-import os, pickle, re, subprocess, sys
+import os, pickle, re, signal, subprocess, sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 import numpy as np
 import regex
@@ -125,9 +126,12 @@ def serve_counts(
     sink=None,   # Where the result goes; by default the standard output
 ) -> None:
     "Count packets until None comes, then send the result."
+    if source is None:  # Ctrl-C is for the process that asked; it ends this one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     source, sink = source or sys.stdin.buffer, sink or sys.stdout.buffer
-    counter = PieceCounter(*pickle.load(source))
-    while (data := pickle.load(source)) is not None:
-        counter.add(data)
-    pickle.dump(counter.result(), sink)
-    sink.flush()
+    with suppress(EOFError, BrokenPipeError):  # whoever asked is gone
+        counter = PieceCounter(*pickle.load(source))
+        while (data := pickle.load(source)) is not None:
+            counter.add(data)
+        pickle.dump(counter.result(), sink)
+        sink.flush()

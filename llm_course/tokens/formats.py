@@ -66,7 +66,32 @@ def write_token_file(
 
 # %% ../../nbs/20a_tokens.formats.ipynb #ad2f9278
 _FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
+_MOST_COPIES = 100_000  # parts of a pattern, when it is ready to search; 0.1 seconds
+_SIGN = re.compile(r"\\[pPN]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?)?|"
+                   r"\{(?P<least>\d*)(?P<most>,\d*)?\}|.", re.S)
 
+def _copies(pattern: str) -> int:
+    "How many parts `regex` makes of a pattern: a repeat is written out as often as it must match."
+    open_groups, last = [0], 0
+    for sign in _SIGN.finditer(pattern):
+        text = sign[0]
+        if text.startswith("("):
+            open_groups.append(0)
+            last = 0
+            continue
+        if text in "*+?" or sign["least"] or sign["most"]:
+            least = {"*": 0, "+": 1, "?": 0}.get(text, None)
+            least = int(sign["least"] or 0) if least is None else least
+            more = text in "*+?" or (sign["most"] or f",{least}") != f",{least}"
+            new = last * (least + more)
+            open_groups[-1] += new - last
+            last = new
+        else:
+            last = open_groups.pop() if text == ")" and len(open_groups) > 1 else 1
+            open_groups[-1] += last
+    return sum(open_groups)
+
+# %% ../../nbs/20a_tokens.formats.ipynb #5d4801c3
 def _read_about(line: str) -> dict:
     "The second line. Raises `ValueError` for a value of the wrong kind, or one that is too large."
     about = json.loads(line)
@@ -76,6 +101,8 @@ def _read_about(line: str) -> dict:
     ids = about["special_tokens"].values()
     if len(about["pattern"]) > _MOST_SIGNS or not all(map(_is_id, ids)):
         raise ValueError("a pattern or an id is too large")
+    if _copies(about["pattern"]) > _MOST_COPIES:
+        raise ValueError("its pattern repeats repeats until no memory holds it")
     return {key: about[key] for key in (*wanted, "merges") if key in about}
 
 # %% ../../nbs/20a_tokens.formats.ipynb #4aa33ec7
@@ -96,7 +123,8 @@ def read_token_file(
             if not _is_id(int(id)):
                 raise ValueError(f"no token has the id {id}")
     except _FAULTS as error:
-        raise ValueError(f"{path}, line {number}: cut short or edited by hand?") from error
+        why = str(error)[:80] or type(error).__name__
+        raise ValueError(f"{path}, line {number}: cut short or edited by hand? {why}") from error
     n = about.pop("tokens")
     if len(ranks) != n or lines[number:] != [""]:
         raise ValueError(f"{path}: expected {n} tokens and a line end; cut short?")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEST_FILE', 'checksum', 'write_checkpoint', 'read_checkpoint', 'group_tensors', 'tensors_of_group', 'load_weights',
-           'differences', 'collect_random_states', 'restore_random_states', 'checkpoints_in', 'CheckpointFiles']
+           'differences', 'collect_random_states', 'restore_random_states', 'checkpoints_in', 'CheckpointFiles',
+           'best_checkpoint']
 
 # %% ../../nbs/40b_train.checkpoint.ipynb #38a4d042
 import json, zlib
@@ -196,3 +197,13 @@ def _newest_readable(files: CheckpointFiles) -> tuple[Path, dict, dict] | None:
     if damaged:
         raise ValueError("no checkpoint can be read: " + "; ".join(damaged))
     return None
+
+# %% ../../nbs/40b_train.checkpoint.ipynb #df7f54d7
+def best_checkpoint(
+    folder: str | Path, # Where a run saves
+) -> Path | None:       # None if nothing is saved there yet
+    "The best that a run has kept, or else its newest checkpoint that is whole."
+    best = Path(folder) / BEST_FILE
+    found = None if best.exists() else CheckpointFiles(folder, "step", keep=2).newest()
+    return best if best.exists() else found and found[0]
+

@@ -220,7 +220,7 @@ def look(self: Trainer) -> bool: # Is it the best so far?
     with keep_random_state(self.device):
         loss = None if self.valid is None else evaluate(self.model, self.valid, self.dtype)
         p.history.append(self.make_row(loss, self.rate_now()))
-        better = loss is not None and loss < p.best
+        self.is_best = better = loss is not None and loss < p.best
         p.best, p.waiting = (loss, 0) if better else (p.best, p.waiting + 1)
         if self.curve is not None and rank() == 0:
             self.draw_look(self.curve)

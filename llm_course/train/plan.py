@@ -19,10 +19,13 @@ from torch import nn
 from ..core import patch, set_seed
 from ..data.batches import DocumentBatches, RandomWindows, one_pass
 from ..data.shards import Shards, document_boundaries
+from ..guard import reading
+
+# %% ../../nbs/47b_train.plan.ipynb #5bf69f06
 from ..model.block import GPT2, LLAMA, Style
 from ..model.files import save_model
 from ..model.gpt import GPT, GPTConfig, count_params
-from .checkpoint import BEST_FILE, tensors_of_group, read_checkpoint
+from .checkpoint import best_checkpoint, tensors_of_group, read_checkpoint
 from .loop import TrainConfig, Trainer, train
 from .state import Progress
 from .precision import pick_precision
@@ -456,12 +459,13 @@ def best_model(
     folder: Path,    # Where the training saved
     vocab_size: int, # How many tokens there really are
 ) -> GPT:            # On the CPU, in evaluation mode
-    "The model with the lowest validation loss."
-    state = tensors_of_group(read_checkpoint(folder / BEST_FILE)[0], "model")
-    rows = ("embed.weight", "head.weight")
-    state = {k: v[:vocab_size] if k in rows else v for k, v in state.items()}
-    model = GPT(replace(self.model, vocab_size=vocab_size))
-    model.load_state_dict(state)
+    "The model with the lowest validation loss; before the first look, the newest."
+    path, rows = best_checkpoint(folder), ("embed.weight", "head.weight")
+    with reading(path, "checkpoint of this plan"):
+        state = tensors_of_group(read_checkpoint(path)[0], "model")
+        state = {k: v[:vocab_size] if k in rows else v for k, v in state.items()}
+        model = GPT(replace(self.model, vocab_size=vocab_size))
+        model.load_state_dict(state)
     return model.eval()
 
 # %% ../../nbs/47b_train.plan.ipynb #49955784

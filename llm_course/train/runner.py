@@ -7,13 +7,14 @@ __all__ = ['exactly_one', 'Budget', 'Job', 'gentle_interrupt', 'lock_folder', 'k
            'resume_job', 'run_job']
 
 # %% ../../nbs/40c_train.runner.ipynb #2b6e9971
-import ctypes, json, signal, sys, threading, time
-from contextlib import contextmanager, nullcontext
+import ctypes, json, math, signal, sys, threading, time
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 from torch import Tensor
 from ..core import folder_lock
+from ..guard import visible_text
 from ..threads import StepPace
 from .checkpoint import CheckpointFiles, differences, read_checkpoint
 from .ranks import from_first, lost_process, rank, sum_over_ranks, world_size
@@ -54,6 +55,7 @@ class Job:
     started = 0.0   # When it began, by `time.perf_counter`, pauses left out: the runner sets it
     wanted_stop = ()  # Fills when somebody asks to stop, so that a long step may give up
     pace = StepPace(active=False)  # Chooses how many threads compute: the runner sets it
+    is_best = False # Was the last look the best so far? `evaluate` may say so
     stopped = ""    # Why it is over before its budget is used: `evaluate` may say so
 
     def take_step(self) -> None:
@@ -77,14 +79,23 @@ class Job:
         return False
 
 # %% ../../nbs/40c_train.runner.ipynb #16afee04
+def _say_heard() -> None:
+    "A step may take long."
+    if rank() == 0:
+        print("Stopping: the step under way is finished first. Ctrl-C again stops at once, and "
+              "what was done since the last checkpoint is lost.", file=sys.stderr, flush=True)
+
+# %% ../../nbs/40c_train.runner.ipynb #5f05f8f6
 @contextmanager
 def gentle_interrupt() -> Iterator[list]: # Fills when somebody asked to stop
     "Note the first Ctrl-C, or request to end; let the second Ctrl-C through."
-    noted = []
+    noted, timer = [], threading.Timer(1.0, _say_heard)
 
     def note(number, frame):
         if number in noted and number == signal.SIGINT and world_size() == 1:
             raise KeyboardInterrupt
+        if not noted:
+            timer.start()
         noted.append(number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -94,6 +105,7 @@ def gentle_interrupt() -> Iterator[list]: # Fills when somebody asked to stop
     try:
         yield noted
     finally:
+        timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -140,14 +152,37 @@ def resume_job(
     return found and found[0]
 
 # %% ../../nbs/40c_train.runner.ipynb #8093d6ce
+def _alike(fresh, saved) -> bool:
+    "Are facts of the kinds that a new job has? Where it has None, they may be anything."
+    if isinstance(fresh, dict):
+        return isinstance(saved, dict) and all(_alike(fresh[k], saved[k])
+                                               for k in fresh.keys() & saved.keys())
+    if isinstance(fresh, list):
+        return isinstance(saved, list) and all(map(_alike, fresh, saved))
+    if isinstance(fresh, float):
+        return type(saved) in (int, float) and saved == saved
+    return fresh is None or type(saved) is type(fresh)
+
+# %% ../../nbs/40c_train.runner.ipynb #64b1c40c
 def _load(job: Job, path: str | Path, tensors: dict[str, Tensor], facts: dict) -> None:
-    "Compare settings before anything is changed."
-    saved, now = facts.get("settings"), json.loads(json.dumps(job.settings()))
-    wrong = "" if saved is None else differences(saved, now)
-    if wrong:
-        raise ValueError(f"{path} belongs to a run with other settings: {wrong}. Use the same "
-                         "settings to continue it, or another folder")
-    job.load_state(tensors, facts)
+    "Compare settings before anything is changed. What is no state of such a job is `ValueError`."
+    try:
+        now, fresh = json.loads(json.dumps([job.settings(), job.state()[1]]))
+        saved = facts.get("settings")
+        if wrong := "" if saved is None else differences(saved, now):
+            raise ValueError(f"{path} belongs to a run with other settings: {wrong}. Use the same "
+                             "settings to continue it, or another folder")
+        if not _alike(fresh, facts):
+            raise TypeError("some of its facts are of another kind")
+        job.load_state(tensors, facts)
+        if job.step < 0 or not 0 <= job.seconds < math.inf:
+            raise ValueError(f"{path} says {job.step} steps in {job.seconds} seconds")
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+            RuntimeError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit this job ({type(error).__name__}: {why})") from error
 
 # %% ../../nbs/40c_train.runner.ipynb #f7dc2afd
 def run_job(
@@ -202,19 +237,36 @@ def _step_or_save(job: Job, files: CheckpointFiles | None) -> None:
 # %% ../../nbs/40c_train.runner.ipynb #a1d6e39f
 def _look(job: Job, files: CheckpointFiles | None, every: int, watch: Callable | None) -> bool:
     "When it is time, evaluate and keep the best; let the watcher see it. Shall it stop?"
-    if _is_over(job) or job.step % every == 0:
-        if job.evaluate() and files:
-            CheckpointFiles(files.folder, "best").write(job.step, *whole_state(job))
-    if watch is not None:
-        watch(job)
+    try:
+        if _is_over(job) or job.step % every == 0:
+            if job.evaluate() and files:
+                CheckpointFiles(files.folder, "best").write(job.step, *whole_state(job))
+        if watch is not None:
+            watch(job)
+    except Exception as error:
+        if files and world_size() == 1 and not isinstance(error, FloatingPointError):
+            _keep_step(job, files)
+        raise
     return sum_over_ranks(len(job.wanted_stop)) > 0
+
+# %% ../../nbs/40c_train.runner.ipynb #8146c01a
+def _keep_step(job: Job, files: CheckpointFiles) -> None:
+    "A look failed, but the step before it is done: save it, and say where."
+    with suppress(FloatingPointError, OSError):  # of two failures the first one is told
+        state = whole_state(job)
+        if job.is_best:
+            CheckpointFiles(files.folder, "best").write(job.step, *state)
+        path = visible_text(str(files.write(job.step, *state)))
+        print(f"What came after step {job.step} failed. The step itself is saved in {path}: start "
+              "it again with the same folder to go on.")
 
 # %% ../../nbs/40c_train.runner.ipynb #ae3239c2
 def _interrupt(job: Job, folder: str | Path | None) -> None:
     "Say how to go on, and raise `KeyboardInterrupt`."
     where = "not saved: no folder was given"
     if folder:
-        where = f"saved in {Path(folder).name}: start it again with the same folder to go on"
+        where = (f"saved in {visible_text(Path(folder).name)}: start it again with the same "
+                 "folder to go on")
     message = f"Stopped after step {job.step}, {where}."
     if rank() == 0:
         print(message)

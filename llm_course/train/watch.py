@@ -7,10 +7,11 @@ __all__ = ['format_duration', 'Reporter', 'QuietReporter', 'WatchedBatches', 'wr
 
 # %% ../../nbs/47a_train.watch.ipynb #8c653336
 import importlib, json, os, sys, time
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable
 from ..core import atomic_write, patch
-from ..guard import visible_text
+from ..guard import reading, visible_text
 from ..model.gpt import GPTConfig
 from .loop import TrainConfig, Trainer, count_targets
 from .ranks import rank, world_size
@@ -141,13 +142,14 @@ def write_log(
 def read_log(
     folder: Path,     # The run's folder
 ) -> list[dict]:      # Its rows, in order
-    "Read log.jsonl; a line that is no JSON is left out."
+    "Read log.jsonl; a line that is no JSON object is left out."
     path, rows = folder / "log.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+    with reading(path, "log of a training"):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
     return rows
 
 # %% ../../nbs/47a_train.watch.ipynb #1784c69c

@@ -251,19 +251,52 @@ def _own_device(
     return torch.device("cuda", local_rank)
 
 # %% ../../nbs/45a_train.workers.ipynb #7ffacae2
+def _place_in_group() -> tuple[int, int] | None: # This process's number, and how many; None: alone
+    "What torchrun says in the environment. Raises `ValueError` if only half of it is there."
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    there = [name for name in names if os.environ.get(name)]
+    if not {"RANK", "WORLD_SIZE"} & {*there}:
+        return None
+    said = ", ".join(f"{name} is {os.environ[name]!r}" for name in there)
+    advice = "start all processes with torchrun, or unset RANK and WORLD_SIZE to work alone"
+    if len(there) < len(names):
+        if os.environ.get("WORLD_SIZE") == "1":
+            return None
+        missing = [name for name in names if name not in there]
+        raise ValueError(f"{said}, but {' and '.join(missing)} not: {advice}")
+    rank, n = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and n.isdecimal() and int(rank) < int(n)):
+        raise ValueError(f"{said}: RANK must be a number from 0 to WORLD_SIZE - 1; {advice}")
+    return int(rank), int(n)
+
+# %% ../../nbs/45a_train.workers.ipynb #9924245f
+def _meet(backend: str, place: tuple[int, int], minutes: float) -> None:
+    "Wait for the others. Raises `ConnectionError` if they don't come."
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if place[1] > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(f"process {place[0]} of {place[1]} waits at {where} for the others, at most "
+              f"{minutes:g} minutes", file=sys.stderr, flush=True)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    except (RuntimeError, ValueError) as error:
+        why = str(error).strip().partition("\n")[0][:200]
+        raise ConnectionError(f"process {place[0]} of {place[1]} has not met the others at {where} "
+                              f"({why}): start all of them, best with torchrun") from error
+
+# %% ../../nbs/45a_train.workers.ipynb #dbaa897c
 @contextmanager
 def join_group(
     device: str | None = None, # "cuda" or "cpu"; by default the fastest that is here
     minutes: float = 10,       # How long to wait for another process before giving up
 ) -> Iterator[torch.device]:   # The device of this process
     "Join the processes that `torchrun` started, leave them at the end; alone without `torchrun`."
-    alone = not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    if alone or in_process_group():
+    place = None if in_process_group() else _place_in_group()
+    if place is None:
         yield pick_device(device)
         return
     mine = _own_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cpu:gloo,cuda:nccl" if mine.type == "cuda" else "gloo"  # cpu: for small agreements
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    _meet(backend, place, minutes)
     try:
         yield mine
         dist.barrier()  # nobody leaves while another is still talking
