@@ -10,6 +10,9 @@ network and the accelerator are off, and what changes from run to run is left ou
 """
 
 import argparse
+import base64
+import html
+import io
 import json
 import os
 import re
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -57,10 +61,31 @@ def is_skipped(source: str) -> bool:
     return re.match(r"(#\|.*\n)*#\| eval: false", source) is not None
 
 
+# Before the first cell, when outputs are stored: a figure is described by its titles and axes.
+DESCRIBE = """
+def install():
+    def describe(figure, printer, cycle):
+        parts = []
+        for axes in figure.axes:
+            across, up = axes.get_xlabel(), axes.get_ylabel()
+            words = [f"across: {across}" * bool(across), f"up: {up}" * bool(up)]
+            parts.append(". ".join(filter(None, [axes.get_title(), *words])))
+        printer.text(". ".join(filter(None, parts)).replace("\\n", " ") or "a drawing")
+    def register(info):  # again and again: a backend that starts forgets it
+        plain = get_ipython().display_formatter.formatters["text/plain"]
+        plain.for_type_by_name("matplotlib.figure", "Figure", describe)
+    get_ipython().events.register("pre_run_cell", register)
+install()
+del install
+"""
+
+
 def execute(path: Path, env: dict, timeout: int = 300) -> tuple:
     "Run a notebook where it lies; returns it with fresh outputs, and the seconds it took."
     notebook = nbformat.read(path, as_version=4)
     runnable = [c for c in notebook.cells if c.cell_type != "code" or not is_skipped(c.source)]
+    if env is STEADY:
+        runnable.insert(0, nbformat.v4.new_code_cell(DESCRIBE))
     copy = nbformat.v4.new_notebook(cells=runnable, metadata=notebook.metadata)
     client = NotebookClient(
         copy,
@@ -73,6 +98,7 @@ def execute(path: Path, env: dict, timeout: int = 300) -> tuple:
         own = {"IPYTHONDIR": home, "LLM_COURSE_PROGRESS": "off"}  # no person passes an exercise
         env = {**os.environ, **env, **own}
         client.execute(env=env, stderr=subprocess.DEVNULL)  # what goes there is the kernel's log
+    notebook.metadata["widgets"] = copy.metadata.get("widgets", {})
     return notebook, time.perf_counter() - start
 
 
@@ -85,6 +111,69 @@ def steady_text(text: str) -> str:
     return re.sub(re.escape(tempfile.gettempdir()) + r"[/\\]\w+", "...", text)
 
 
+VIEW = "application/vnd.jupyter.widget-view+json"
+PICTURES = 4  # a notebook stores at most so many (tools/rules.py)
+
+
+def parts(model: str, models: dict) -> list:
+    "(kind, state) of a widget and of all that it contains, in the order of the page."
+    found = models[model.removeprefix("IPY_MODEL_")]
+    inside = [part for child in found["state"].get("children", []) for part in parts(child, models)]
+    return [(found["model_name"], found["state"]), *inside]
+
+
+def as_html(text: str) -> dict:
+    return nbformat.v4.new_output("display_data", {"text/html": text})
+
+
+def small_picture(png: str, alt: str) -> dict:
+    "A picture of few colours, with words for those who do not see it."
+    full, buffer = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+    full.convert("RGB").quantize(64).save(buffer, format="png", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    alt = html.escape(f"The explorer as it begins. {alt}", quote=True)
+    return as_html(f'<img alt="{alt}" src="data:image/png;base64,{data}"/>')
+
+
+def still(output: dict, models: dict) -> list:
+    "An explorer as a reader sees it who can't move it: its first picture, and what can be moved."
+    if VIEW not in output.get("data", {}):
+        return [output]
+    shown, controls = [], []
+    for kind, state in parts(output["data"][VIEW]["model_id"], models):
+        if kind == "OutputModel":
+            for inner in state["outputs"]:
+                data = inner.get("data", {})
+                if "image/png" in data:
+                    inner = small_picture(data["image/png"], data["text/plain"])
+                shown.append(nbformat.from_dict(inner))
+        elif kind == "HTMLModel" and state["value"]:
+            shown.append(as_html(state["value"]))
+        elif state.get("description") and kind not in ("HTMLModel", "VBoxModel"):
+            controls.append(state["description"])
+    text = f"In the notebook you can change: {', '.join(controls)}.\n"
+    return [*shown, nbformat.v4.new_output("stream", name="stdout", text=text)]
+
+
+def count_pictures(outputs: list) -> int:
+    return len(re.findall(r"image/(?:png|jpeg)\"|data:image/", json.dumps(outputs)))
+
+
+def hold_still(cells: list, models: dict) -> None:
+    "Replace each explorer by a picture, as long as the notebook has room for one, and a sentence."
+    left = PICTURES - sum(count_pictures(cell.get("outputs", [])) for cell in cells)
+    for cell in cells:
+        made = []
+        for output in cell.get("outputs", []):
+            for part in still(output, models):
+                n = count_pictures([part]) if part is not output else 0
+                if n <= max(left, 0):
+                    made.append(part)
+                    left -= n
+        if "outputs" in cell:
+            cell["outputs"] = made
+
+
 def steady_output(output: dict) -> bool:
     "Clean one output in place; False when nothing of it is worth storing."
     output.pop("execution_count", None)
@@ -94,8 +183,6 @@ def steady_output(output: dict) -> bool:
         output["text"] = steady_text(output["text"])
         return output["name"] == "stdout" and bool(output["text"])
     data = output.get("data", {})
-    if data.pop("application/vnd.jupyter.widget-view+json", None):
-        data.pop("text/plain", None)
     if "<progress" in data.get("text/html", ""):
         return False
     for kind in data:
@@ -121,11 +208,13 @@ def store(path: Path) -> float:
     from nbdev.clean import clean_nb
 
     notebook, seconds = execute(path, STEADY)
+    widgets = notebook.metadata.pop("widgets")
+    state = widgets.get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    hold_still(notebook.cells, state)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = joined([o for o in cell.outputs if steady_output(o)])
     plain = json.loads(nbformat.writes(notebook))
-    plain["metadata"].pop("widgets", None)
     clean_nb(plain, allowed_cell_metadata_keys=["jupyter"])
     write_if_changed(path, nb2str(plain))
     return seconds
