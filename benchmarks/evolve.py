@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 
+import llm_course  # before torch: it sets how long waiting threads spin
 import torch
 import torch.nn.functional as F
 

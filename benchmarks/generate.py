@@ -18,6 +18,7 @@ import statistics
 import time
 import warnings
 
+import llm_course  # before torch: it sets how long waiting threads spin
 import torch
 
 from llm_course.generate.write import generate, sample_batch

@@ -35,6 +35,7 @@ def serve() -> None:
     import torch
 
     from llm_course.model.gpt import GPT, GPTConfig
+    from llm_course.threads import StepPace
     from llm_course.train.loop import TrainConfig, Trainer
 
     torch.manual_seed(0)
@@ -43,6 +44,7 @@ def serve() -> None:
     batches = iter(lambda: (tokens, tokens, None), 0)
     trainer = Trainer(model, batches, TrainConfig(steps=10**6))
     trainer.take_step()
+    pace = StepPace()  # does something where the spin is the package's
     print(torch.get_num_threads(), flush=True)
     for line in sys.stdin:
         times = []
@@ -50,6 +52,7 @@ def serve() -> None:
             start = time.perf_counter()
             trainer.take_step()
             times.append(time.perf_counter() - start)
+            pace.after_step(times[-1])
         print(statistics.median(times), flush=True)
 
 

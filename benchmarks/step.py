@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 
+import llm_course  # before torch: it sets how long waiting threads spin
 import torch
 
 from llm_course.core import set_seed
@@ -32,6 +33,7 @@ from llm_course.data.batches import DocumentBatches, one_pass
 from llm_course.data.shards import memory_shards
 from llm_course.model.attention import attend
 from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.threads import StepPace
 from llm_course.tokens.bpe import BPETokenizer
 from llm_course.train.loop import TrainConfig, Trainer
 from llm_course.train.precision import PRECISIONS
@@ -99,14 +101,16 @@ class Products:
 
 
 def measure(sides: dict, rounds: int) -> dict:
-    "The median time of each side in ms; they take turns."
+    "The median time of each side in ms; they take turns, and threads are watched as in a job."
     times = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(t[2:] or t) for name, t in times.items()}
+    with StepPace() as pace:
+        for _ in range(rounds):
+            for name, step in sides.items():
+                start = time.perf_counter()
+                step()
+                times[name].append(time.perf_counter() - start)
+                pace.after_step(times[name][-1])
+    return {name: 1000 * statistics.median(t[2:] or t) for name, t in times.items()}
 
 
 def instructions() -> str:

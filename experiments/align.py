@@ -31,6 +31,7 @@ import time
 from pathlib import Path
 
 import preference
+import llm_course  # before torch: it sets how long waiting threads spin
 import torch
 
 from llm_course.align.answers import draw_answers

@@ -33,6 +33,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import llm_course  # before torch: it sets how long waiting threads spin
 import torch
 
 from llm_course.core import atomic_write

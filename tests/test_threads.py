@@ -1,5 +1,6 @@
 "A machine with other work: threads that wait spin shortly, everywhere, unless the user chose."
 
+import ast
 import os
 import shutil
 import subprocess
@@ -84,3 +85,75 @@ def test_where_torch_came_first_a_trial_chooses_and_says_so_once():
     assert run(LATE) == "1 True"
     assert run("import llm_course; " + LATE) == "0 True"       # it was in time
     assert run(LATE, OMP_NUM_THREADS="2") == "0 True"          # the user chose
+
+
+SCRIPTS = sorted(p for folder in ("benchmarks", "experiments") for p in (ROOT / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_a_script_imports_the_course_before_torch(path):
+    "Or it measures, and computes, with torch's own spin."
+    first = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+            [node.module] if isinstance(node, ast.ImportFrom) else [])
+        for name in names:
+            package = (name or "").split(".")[0]
+            first[package] = min(first.get(package, node.lineno), node.lineno)
+    assert "torch" not in first or first["llm_course"] < first["torch"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how long a thread waited")
+def test_waiting_for_a_core_is_counted():
+    "One core for three processes: about two thirds of the time is spent waiting."
+    code = """
+import os, subprocess, sys, time
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from llm_course.threads import waited_seconds
+others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+try:
+    time.sleep(0.2)
+    before, start = waited_seconds(), time.perf_counter()
+    while time.perf_counter() < start + 1.0:
+        pass
+    print((waited_seconds() - before) / (time.perf_counter() - start))
+finally:
+    for other in others:
+        other.kill()
+"""
+    from llm_course.threads import waited_seconds
+    if not waited_seconds():
+        pytest.skip("this kernel does not count")
+    assert 0.3 < float(run(code)) < 0.95
+
+
+def test_a_job_shares_the_cores_while_others_want_them_and_only_then(monkeypatch):
+    from llm_course import threads
+    from llm_course.train import runner
+    now, calls, seen = [0.0], [], []
+
+    class Team:
+        def __init__(self): calls.append("called")
+        def dismiss(self): calls.append("dismissed")
+
+    class Work(runner.Job):
+        budget = runner.Budget(steps=30)
+        def take_step(self):
+            start = threads.time.perf_counter()
+            while threads.time.perf_counter() < start + 1e-3:
+                pass
+            self.step += 1
+            now[0] += 1.0 if 10 <= self.step < 20 else 0.0  # much more than the step itself
+            seen.append(self.pace.team is not None)
+
+    monkeypatch.setattr(threads, "IdleTeam", Team)
+    pace = lambda: threads.StepPace(active=False, waited=lambda: now[0])
+    monkeypatch.setattr(runner, "StepPace", pace)
+    runner.run_job(Work())
+    assert calls == ["called", "dismissed"]
+    assert not any(seen[:11]) and all(seen[11:20]) and not any(seen[21:])
+    calls.clear()
+    Work.budget = runner.Budget(steps=15)  # it ends while others want the cores
+    now[0] = 0.0
+    runner.run_job(Work())
+    assert calls == ["called", "dismissed"]

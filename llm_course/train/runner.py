@@ -196,9 +196,9 @@ def run_job(
     save_on_error: bool = False,      # If a step fails: is the job still whole, and to be saved?
 ) -> Job:                             # The job, done
     "Step until the budget is used. Ctrl-C saves, then raises `KeyboardInterrupt`."
-    keep_memory()
     files = None if folder is None else CheckpointFiles(folder, name, keep)
-    with gentle_interrupt() as noted, lock_folder(folder), lost_process(folder):
+    with (gentle_interrupt() as noted, lock_folder(folder), lost_process(folder),
+          StepPace() as job.pace):
         _begin(job, files)
         while not _is_over(job):
             step, job.wanted_stop = job.step, noted  # a step that is given up leaves all as it was
@@ -218,10 +218,10 @@ def _is_over(job: Job) -> bool:
 
 def _begin(job: Job, files: CheckpointFiles | None) -> None:
     "Continue what is there, and start the clock."
+    keep_memory()
     if files:
         resume_job(job, files)
     job.started = time.perf_counter() - job.seconds
-    job.pace = StepPace()
 
 def _step_or_save(job: Job, files: CheckpointFiles | None) -> None:
     "One step; if it fails, save the job as it is."
