@@ -30,6 +30,15 @@ NAMES = {
 EQUAL = {
     ("ex_top_p", "before = ranked.cumsum(-1) - ranked"),  # rows of one dimension only
     ("ex_temperature", "return (logits / temperature).softmax(dim=-0)"),
+    ("ex_answer", "probs = logits.softmax(dim=1).gather(1, tokens[:, None])"),  # two dimensions
+    ("ex_answer", "log_probs = logits[start - 1:-1].log_softmax(dim=1)"),
+    ("ex_answer", "return log_probs.gather(1, tokens[start:, None]).sum()"),
+    ("ex_best", "return (reference.log() + reward / beta).softmax(dim=-1)"),  # one dimension
+    ("ex_kept", "up_to = torch.cat([torch.zeros(1), probs.cumsum(dim=-1)])"),
+    # A sign of 1 or -1 is its own inverse, and 0 is not kept.
+    ("ex_three", "return torch.where(kept, scale / weight.sign(), torch.zeros_like(weight))"),
+    # Rewards of a group differ by rounding or by much more, never by exactly 1e-6.
+    ("ex_dead", "return (grouped.amax(dim=1) - grouped.amin(dim=1) <= 1e-06).float().mean()"),
 }
 
 
