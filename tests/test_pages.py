@@ -118,8 +118,6 @@ def test_a_lesson_says_where_it_stands(prepared):
         "32 ",
     ):
         assert words in first[1]["source"]
-    for page in COURSE.road:
-        assert page.level and page.after, f"{page.name} has no row in the index"
 
 
 def test_needs_come_before():
@@ -221,3 +219,41 @@ def test_terms_are_linked_once_and_not_in_code_or_formulas():
 @pytest.mark.skipif(not shutil.which("quarto"), reason="Quarto is not installed")
 def test_the_site_is_whole(prepared):
     assert pages.render() == []
+
+
+def contrast(one: str, other: str) -> float:
+    "Of two colours like #1f4e79, as the guidelines for accessible pages define it."
+
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((light(one), light(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_can_be_told_from_their_ground():
+    assert round(contrast("#000000", "#ffffff"), 6) == 21
+    css = (ROOT / "site" / "site.css").read_text(encoding="utf-8")
+    themes = re.findall(r"^(?::root|body\.quarto-dark) \{(.*?)\}", css, flags=re.M | re.S)
+    assert len(themes) == 2
+    for theme, ground in zip(themes, ("#ffffff", "#222222")):
+        colours = dict(re.findall(r"--course-(\w+): (#\w{6});", theme))
+        for name in ("ink", "quiet", "link", "code"):
+            for behind in (ground, colours["soft"]):
+                assert contrast(colours[name], behind) >= 4.5, f"{name} on {behind}"
+    scss = (ROOT / "site" / "theme.scss").read_text(encoding="utf-8")
+    bar = dict(re.findall(r"^\$navbar-(bg|fg): (#\w{6});", scss, flags=re.M))
+    assert contrast(bar["bg"], bar["fg"]) >= 4.5
+
+
+def test_a_downloaded_notebook_installs_the_course(tmp_path):
+    pages.write_lessons(tmp_path)
+    cells = json.loads((tmp_path / "31_model.attention.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert cells[0]["source"][0].startswith("# Attention")
+    install = "".join(cells[1]["source"])
+    assert f'"llm-course=={pages.settings()["version"]}"' in install
+    ast.parse(install.replace("%pip", "pass  #"))
+    names = {path.name for path in (ROOT / "nbs").glob("*.ipynb")}
+    assert {path.name for path in tmp_path.iterdir()} == names

@@ -353,6 +353,8 @@ def make_page(course: Course, page: Page, prepared: dict, linker: Linker) -> dic
             continue
         if cell["cell_type"] == "markdown":
             cell["source"] = linker(cell["source"])
+            if page.name == "index" and len(cells) == 2:
+                cells.append(diagram())
         if cell["cell_type"] == "code":
             cell["outputs"] = still(cell["outputs"])
             if cell["source"].startswith("lesson("):
@@ -371,6 +373,13 @@ def make_page(course: Course, page: Page, prepared: dict, linker: Linker) -> dic
             text = f"[Reference: `llm_course.{page.lesson.module}`]({url})"
             cells.append(markdown(f"{text}, all its functions and classes with their parameters."))
     return {**prepared, "cells": with_ids(top + in_order(cells))}
+
+
+def diagram() -> dict:
+    "The road from text to an assistant, for the first page."
+    from llm_course.drawing import draw_pipeline
+
+    return markdown(f"```{{=html}}\n{draw_pipeline()._repr_html_()}\n```")
 
 
 def with_ids(cells: list) -> list:
@@ -756,9 +765,9 @@ def main() -> None:
             print(f"the site is in {DOCS.name}")
         else:
             print(
-                "NOT DONE, since Quarto is not on PATH: the pages of _docs, their search, their look.\n"
-                f"Install Quarto {QUARTO} (https://quarto.org) and run make docs again. Without it were\n"
-                "checked: options, links, anchors and pictures of the prepared pages."
+                "NOT DONE, since Quarto is not on PATH: the site itself, its search and its look.\n"
+                f"Install Quarto {QUARTO} (https://quarto.org) and run make docs again. Done: options,\n"
+                "links, anchors and pictures of the prepared pages were checked."
             )
     if wrong:
         sys.exit("\n".join([*wrong, f"{len(wrong)} faults in the pages"]))

@@ -181,10 +181,8 @@ class Library:
             if "." not in name:
                 module = self.modules[self.home[name]]
                 entry = next(e for e in module.entries if e.name == name)
-                rows.append(
-                    f"| [`{name}`]({module.name}.html#{name}) | {escaped(cell_text(entry.sentence))} "
-                    f"| [{module.name}]({module.name}.html) |"
-                )
+                said, page = escaped(cell_text(entry.sentence)), f"{module.name}.html"
+                rows.append(f"| [`{name}`]({page}#{name}) | {said} | [{module.name}]({page}) |")
         return "\n".join(rows)
 
 
@@ -214,7 +212,7 @@ class Glossary:
         return cls(meanings)
 
     def link(self, text: str, seen: set, number: str = "") -> str:
-        "Link the first mention of each term on a page, except on that of the lesson that explains it."
+        "Link a term where a page first names it, except on that of the lesson that explains it."
         if not self.meanings:
             return text
 
@@ -267,7 +265,7 @@ def mentions(course) -> dict:
 
 
 def papers(course) -> str:
-    "A line for each paper: what a lesson says of it, the newest first, and the lessons that name it."
+    "A line for each paper, the newest first: what a lesson says of it, and which lessons name it."
     lines = []
     for number, where in sorted(mentions(course).items(), reverse=True):
         said = max(
@@ -275,9 +273,8 @@ def papers(course) -> str:
         )
         pages = {page.name: page for page, _ in where}
         names = " · ".join(f"[{page.title}]({page.url})" for page in pages.values())
-        lines.append(
-            f"- [arXiv:{number}](https://arxiv.org/abs/{number}): {words_of(said, number)} ({names})"
-        )
+        paper = f"[arXiv:{number}](https://arxiv.org/abs/{number})"
+        lines.append(f"- {paper}: {words_of(said, number)} ({names})")
     return "\n".join(lines)
 
 
