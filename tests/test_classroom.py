@@ -75,7 +75,7 @@ def test_nothing_that_the_copy_imports_for_exercises_holds_them(lesson, copies):
 
 @EVERY
 def test_the_exercises_of_the_copy_still_diagnose(lesson, copies):
-    "Each fetched exercise names a mistake, keeps its solution, and is what the lesson's stub needs."
+    "Each exercise that a copy fetches names a mistake by its name."
     space = {}
     for cell in json.loads(copies[lesson.path.name])["cells"]:
         source = "".join(cell["source"])
