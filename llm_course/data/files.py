@@ -140,11 +140,14 @@ def read_json_lines(
                 yield where, _parse_object(line, where)
 
 # %% ../../nbs/10a_data.files.ipynb #67caf076
+class _NoColumn(ValueError):
+    "A table that does not have the column that was asked for."
+
 def _pick_column(record: dict, column: str, where: str) -> str:
     "The text of one row; `where` names file and line, for messages."
     if column not in record:
         names = ", ".join(repr(name) for name in record if name is not None)
-        raise ValueError(f"{where}: no column {column!r}; there are {names}: choose one: "
+        raise _NoColumn(f"{where}: no column {column!r}; there are {names}: choose one: "
                          "column=..., on the command line --column")
     value = record[column]
     if value is not None and not isinstance(value, str):
@@ -281,10 +284,26 @@ def is_made_here(
             return True
     return False
 
+# %% ../../nbs/10a_data.files.ipynb #f50178dd
+def _other_tables(files: list[Path], column: str) -> set[Path]:
+    "Tables without the column, if they are less than a tenth of it all; else somebody erred."
+    others = set()
+    for file in files:
+        if _kind_of(file) in (".csv", ".jsonl", ".parquet"):
+            try:
+                next(_read_file(file, column, "utf-8"), None)
+            except _NoColumn:
+                others.add(file)
+            except (ValueError, OSError, ImportError):
+                pass  # told when it is read
+    size = lambda some: sum(file.stat().st_size for file in some)
+    return others if 10 * size(others) < size(files) else set()
+
 # %% ../../nbs/10a_data.files.ipynb #750f4d74
 def find_texts(
-    path: str | Path, # A file or a folder
-) -> TextFiles:       # Sorted
+    path: str | Path,           # A file or a folder
+    column: str | None = None,  # Leave out the few tables of a folder that don't have it
+) -> TextFiles:                 # Sorted
     "The file itself, or all files in a folder and below it; hidden ones are not looked at."
     path, files, left_out = Path(path).expanduser(), [], Counter()
     seen = [path] if path.is_file() else []
@@ -298,12 +317,15 @@ def find_texts(
             files.append(file)
         else:
             left_out[_ending(file)] += 1
+    others = _other_tables(files, column) if column and len(files) > 1 else set()
+    left_out[f"tables without a column {column!r}"] += len(others)
+    files = [file for file in files if file not in others]
     return TextFiles(sorted(files), +left_out)
 
 # %% ../../nbs/10a_data.files.ipynb #de2d2417
-def _readable_files(path: Path) -> list[Path]:
+def _readable_files(path: Path, column: str) -> list[Path]:
     "The files to read. Raises `ValueError` if there are none."
-    found = find_texts(path)
+    found = find_texts(path, column)
     if path.is_dir() and is_made_here(path):
         raise ValueError(f"{path} was written by the course itself: a run or shards, not a text")
     if not found.files:
@@ -370,6 +392,7 @@ def _is_dataset_name(name: str) -> bool:
     known = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", name)
     return bool(known) and not re.search(file, name.lower())
 
+# %% ../../nbs/10a_data.files.ipynb #1c571a2c
 def read_texts(
     source: str | Path,        # A file, a folder, "world", or a Hugging Face dataset's name
     column: str = "text",      # Which column holds the text, where there are columns
@@ -380,7 +403,8 @@ def read_texts(
     "Documents from anywhere, one at a time; complains clearly about what it can't read."
     path, name = Path(source).expanduser(), str(source)
     if os.path.exists(path):  # unlike path.exists(), it answers for anything, even a whole text
-        texts = (t for file in _readable_files(path) for t in _read_file(file, column, encoding))
+        files = _readable_files(path, column)
+        texts = (t for file in files for t in _read_file(file, column, encoding))
     elif name == "world":
         texts = _world_texts(limit or 20_000)
     elif _is_dataset_name(name):

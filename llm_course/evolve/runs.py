@@ -39,6 +39,10 @@ class _Memory:
         wrong = [k for k in self.settings if self.settings[k] != theirs.get(k)]
         if wrong:
             raise ValueError(f"the saved search has other settings: {', '.join(wrong)}")
+        other = [k for k, v in self.memory.items() if k not in tensors or tensors[k].shape != v.shape]
+        other += [k for k in self.facts if type(facts.get(k)) not in (int, float)]
+        if other:
+            raise ValueError(f"the saved search is of another kind or size: {', '.join(other)}")
         self.memory = {k: (v.to(self.mean) if v.is_floating_point() else v).clone()
                        for k, v in tensors.items()}  # own memory: sums round by its alignment
         self.facts, self.candidates = facts, None
@@ -298,6 +302,8 @@ class _SearchJob(Job):
     def load_state(self, tensors: dict, facts: dict) -> None:
         self.strategy.load_state_dict(tensors, facts["search"])
         self.history = SearchHistory(facts["history"])
+        if not (facts["chunk"] is None or type(facts["chunk"]) is int and facts["chunk"] > 0):
+            raise ValueError(f"chunk was {facts['chunk']!r}")
         self.scorer.chunk = self.scorer.chunk or facts["chunk"]
         self.seconds = self.history[-1]["seconds"] if self.history else 0.0
 

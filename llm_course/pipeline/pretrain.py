@@ -188,7 +188,7 @@ def _found_tokenizer(
 def _say_sources(run: Run, learned: int, held: int) -> None:
     "Say what of a folder is read, what is left out, and what few documents mean."
     if Path(run.source).is_dir():
-        run.reporter.say(f"data        {find_texts(run.source)}")
+        run.reporter.say(f"data        {find_texts(run.source, run.settings.column)}")
     if learned == held == 1:
         run.reporter.say("data        one document: its last tenth is held back to judge by")
     elif learned + held < 20:

@@ -29,6 +29,8 @@ def _load_state(
     own = {f"{name}.{i}": t for name, ts in optimizer.memory.items() for i, t in enumerate(ts)}
     differ = [k for k in own if k not in state or state[k].shape != own[k].shape]
     differ += [k for k in state if k not in own and k != "steps"]
+    steps = state.get("steps", torch.tensor(-1.0))
+    differ += ["steps"] * (steps.is_floating_point() or steps.numel() != 1 or int(steps) < 0)
     if differ:
         raise ValueError(f"the saved state belongs to another optimiser: {differ[:3]} do not match")
     for name, tensor in own.items():
