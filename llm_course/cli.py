@@ -137,7 +137,7 @@ def _doctor() -> None:
     console.print(f"{failed} of these must be mended first." if failed else "All is well.")
     raise typer.Exit(1 if failed else 0)
 
-# %% ../nbs/98b_cli.ipynb #b63580fc
+# %% ../nbs/98b_cli.ipynb #98bec684
 @command
 def _progress(
     *,
@@ -154,6 +154,52 @@ def _progress(
         typer.echo(f"{number} exercises, on {visible_text(str(certificate))}: open it and print it")
     else:
         show_progress()
+
+# %% ../nbs/98b_cli.ipynb #9ca1f27b
+@command
+def _grade(
+    folder: Path,                # A folder for each student, or all their notebooks
+    *,
+    lesson: str | None = None,   # Which lesson it is; by default what each notebook says
+    out: Path = Path("grades.csv"),   # The table
+    page: Path = Path("grades.html"), # The mistakes of the class, as a page
+    seconds: float = 20.0,       # For one cell
+    megabytes: int = 2000,       # Memory for one notebook
+    jobs: int = 2,               # How many notebooks at a time
+) -> None:
+    "Run every notebook of a class, each behind a fence; who solved what, and which mistakes."
+    from llm_course.core import atomic_write
+    from llm_course.grade import Limits, grade_folder, grades_csv, grades_page
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    say = lambda line: typer.echo(visible_text(line))
+    grades = grade_folder(folder, lesson, Limits(seconds, megabytes), jobs, say)
+    for path, text in ((out, grades_csv(grades)), (page, grades_page(grades))):
+        with atomic_write(path, "w") as f:
+            f.write(text)
+    typer.echo(f"{sum(g.points for g in grades)} of {len(grades)} passed: {out}, {page}")
+
+# %% ../nbs/98b_cli.ipynb #4ddbf2a6
+@command
+def _submit(
+    run: Path,                # A folder that the capstone made
+    *,
+    out: Path | None = None,  # The file; by default RUN.entry.zip
+) -> None:
+    "Put an entry of the capstone into one file, which another machine can check."
+    from llm_course.capstone import pack_entry
+    typer.echo(f"Hand in {visible_text(str(pack_entry(run, out)))}")
+
+@command
+def _board(
+    folder: Path, # Holds the *.entry.zip of a class
+) -> None:
+    "Check every entry of the capstone, compute its number anew, and rank the class."
+    from llm_course.capstone import board_lines, board_verdicts
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    for line in board_lines(board_verdicts(folder)):
+        typer.echo(visible_text(line))
 
 # %% ../nbs/98b_cli.ipynb #e9eaf416
 def _text_options(
