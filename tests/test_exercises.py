@@ -1,18 +1,20 @@
 """One test over all exercises of the course.
 
-In each lesson: the stub fails, the solution passes, each misconception fails and is diagnosed by
-its own name, and no two misconceptions look the same on the cases.
+In each lesson: the stub fails, the solution passes, also as a list, an array or a tensor, each
+misconception fails and is diagnosed by its own name only, and there are cases that are drawn.
 """
 
 import ast
 import builtins
 import dis
 import importlib
-import itertools
 import linecache
+import numbers
 import re
 
+import numpy as np
 import pytest
+import torch
 
 import rules
 from llm_course.check import CheckFailed, Exercise
@@ -99,6 +101,43 @@ def own_names(fn) -> set:
     return {fn.__name__} - {"<lambda>"} or set(fn.__code__.co_names) - {"_pattern"}
 
 
+NO_DATA = {  # exercises without drawn cases, and why
+    "ex_case": "its argument is the learner's own function",
+}
+
+
+def as_list(x):
+    return x.tolist() if isinstance(x, (torch.Tensor, np.ndarray, np.generic)) else x
+
+
+def as_array(x):
+    return np.array(as_list(x))
+
+
+def as_tensor(x):
+    return torch.tensor(as_list(x), dtype=torch.float64 if is_float(as_list(x)) else None)
+
+
+FORMS = [as_list, as_array, as_tensor]
+
+
+def is_float(x) -> bool:
+    "Is there a float in nested lists?"
+    return any(map(is_float, x)) if isinstance(x, (list, tuple)) else isinstance(x, float)
+
+
+def in_form(x, form):
+    "The same answer, its numbers as lists, arrays or tensors (single ones without dimensions)."
+    if isinstance(x, dict):
+        return {key: in_form(value, form) for key, value in x.items()}
+    if isinstance(x, (list, tuple)) and not all(isinstance(y, numbers.Number) for y in x):
+        return type(x)(in_form(y, form) for y in x)
+    small = isinstance(x, numbers.Number) and abs(x) < 2**53
+    if small or isinstance(x, (list, tuple, torch.Tensor, np.ndarray, np.generic)):
+        return form(x)
+    return x
+
+
 def defines_exercise(cell) -> bool:
     "A folded cell that makes an exercise which has misconceptions, and is not part of a module."
     calls = [node for node in cell.nodes(ast.Call) if getattr(node.func, "id", "") == "Exercise"]
@@ -153,30 +192,32 @@ def test_solutions_do_not_replace_an_answer(lesson):
         assert own_names(stub).isdisjoint(own_names(solution)), f"{name}: the same name twice"
 
 
-def test_misconceptions_are_diagnosed_by_name(lesson):
+def test_misconceptions_are_told_apart(lesson):
+    "Each wrong program fails under its own name, and under no other."
     for name, exercise in each(lesson):
-        for mistake, programs in exercise.misconceptions.items():
-            for function in programs if isinstance(programs, list) else [programs]:
-                with pytest.raises(CheckFailed) as failure:
-                    exercise.check(function)
-                found = failure.value.diagnosis
-                assert found == mistake, f"{name}: {mistake!r} is taken for {found!r}"
-                assert mistake in str(failure.value)
+        assert not exercise.verify(), f"{name}: {exercise.verify()}"
+        programs = next(iter(exercise.misconceptions.values()))
+        with pytest.raises(CheckFailed) as failure:
+            exercise.check(programs[0] if isinstance(programs, list) else programs)
+        assert failure.value.diagnosis in str(failure.value), name
 
 
-def test_no_two_misconceptions_look_the_same(lesson):
+def test_cases_are_drawn(lesson):
+    "No answer can be learnt by heart: every exercise on data has cases that nobody wrote down."
     for name, exercise in each(lesson):
-        for (a, f), (b, g) in itertools.permutations(exercise.misconceptions.items(), 2):
-            alone = Exercise(
-                exercise.name,
-                exercise.reference,
-                exercise.cases,
-                misconceptions={b: g},
-                tol=exercise.tol,
-            )
-            assert alone.diagnose(f).diagnosis is None, (
-                f"{name}: the cases cannot tell {a!r} from {b!r}"
-            )
+        if name in NO_DATA:
+            continue
+        assert exercise.more, f"{name} needs more=...: random cases, bounds, ties, empty inputs"
+        assert len(exercise.cases) > 3 and exercise._hidden, f"{name}: too few cases"
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_right_answers_in_other_forms_pass(lesson, form):
+    for name, exercise in each(lesson):
+        if not exercise.form:
+            solution = lesson.solutions[name]
+            problem = exercise.diagnose(lambda *case: in_form(solution(*case), form))
+            assert problem is None, f"{name}: right, as {form.__name__}, and rejected: {problem}"
 
 
 def test_most_lessons_have_exercises():
