@@ -6,7 +6,7 @@
 __all__ = ['app', 'parameter_notes', 'command', 'with_options']
 
 # %% ../nbs/98b_cli.ipynb #aaf05a8f
-import atexit, functools, inspect, json, os, re, signal, sys
+import atexit, functools, inspect, json, os, re, signal, sys, time
 from pathlib import Path
 from typing import Annotated, Callable
 import typer
@@ -201,6 +201,47 @@ def _board(
     for line in board_lines(board_verdicts(folder)):
         typer.echo(visible_text(line))
 
+# %% ../nbs/98b_cli.ipynb #4998d802
+def _clean_into(source: str, folder: Path, reporter, **how):
+    "Clean, and say how far it is and how long it will take."
+    from llm_course.data.pipeline import clean_folder
+    begin = time.monotonic()
+    def told(documents, share):
+        left = (time.monotonic() - begin) * (1 / share - 1) / 60 if share else 0
+        more = f", about {left:.0f} minutes left" if left >= 1 else ""
+        reporter.progress(share, 1.0, f"{documents:,} documents{more}")
+    result = clean_folder(source, folder, told=told, **how)
+    reporter.close()
+    reporter.say(str(result))
+
+def _cleaned(text: dict, folder: Path) -> dict:
+    "What to train on, once web pages were cleaned into a folder beside the run."
+    from llm_course.data.pipeline import holds_pages
+    if not text["data"] or not holds_pages(text["data"]):
+        return text
+    clean = folder.with_name(f"{folder.name}-clean")
+    run_with_progress(lambda reporter: _clean_into(text["data"], clean, reporter), clean, "build")
+    return text | {"data": str(clean / "text"), "column": "text"}
+
+# %% ../nbs/98b_cli.ipynb #874de2eb
+@command
+def _clean(
+    source: str,                  # A file or folder: pages, WARC, JSONL, text; or a dataset's name
+    folder: Path,                 # Where texts, ledger and report go
+    *,
+    rules: str | None = None,     # Names with commas, or "-near" to leave one out, or "all"
+    column: str = "text",         # Which column holds the text, where there are columns
+    exam: str | None = None,      # A file of texts that must not be learnt
+    workers: int | None = None,   # Processes; by default one for each core
+    scheduler: str | None = None, # Address of a Dask scheduler, for many machines
+) -> None:
+    "Make training text of pages: mend, mask, choose, deduplicate; with a ledger of every rule."
+    how = dict(rules=rules, column=column, exam=exam, workers=workers, scheduler=scheduler)
+    work = lambda reporter: _clean_into(source, folder, reporter, **how)
+    run_with_progress(work, folder, "clean")
+    typer.echo(f"Report: {visible_text(str(folder / 'report.html'))}\n"
+               f"Train:  {shell_line('llm-course', 'build', '--data', folder / 'text')}")
+
 # %% ../nbs/98b_cli.ipynb #e9eaf416
 def _text_options(
     *,
@@ -295,12 +336,14 @@ def _build(
     steps: int | None = None,     # Or how many steps of pretraining
     device: str | None = None,    # cuda, mps or cpu; by default the fastest
     seed: int | None = None,      # Of everything random; 0 unless chosen
+    raw: bool = False,            # Learn from web pages as they are, without cleaning them first?
 ) -> None:
     "From a text to an assistant and its report card. The same command continues a run."
     from llm_course.pipeline.build import build_run
     from llm_course.pipeline.run import Settings, choose_budget, usual_folder
     from llm_course.train.plan import Machine
     folder, budget = out or usual_folder(text["data"] or "world"), choose_budget(minutes, steps)
+    text = text if raw else _cleaned(text, folder)
     settings = Settings(**text, **teaching, size=depth, budget=budget, seed=seed)
     run_with_progress(lambda reporter: build_run(folder, settings, reporter, Machine(device)),
                       folder, "build")
