@@ -361,6 +361,8 @@ def load_state(
     self.step, self.seconds, self.history = facts["step"], facts["seconds"], facts["history"]
     self.dtype = PRECISIONS[facts["dtype"]]
     self.leash.coefficient, self.unit = facts["coefficient"], facts["unit"]
+    if self.unit is not None and [*map(type, self.unit)] != [float, float]:
+        raise ValueError(f"the unit of rewards was {self.unit!r}")
 
 # %% ../../nbs/75a_align.policy_tuner.ipynb #b20c81cd
 def train_policy(

@@ -102,6 +102,15 @@ def _adapt(self: CMAES, z: Tensor) -> None:
     f["sigma"] *= math.exp(min(1.0, r.size / r.damping * (length - 1)))
 
 # %% ../../nbs/63_evolve.cma.ipynb #32c04907
+def _own_directions(C: Tensor) -> tuple[Tensor, Tensor]:
+    "Eigenvalues and eigenvectors. Raises `FloatingPointError` where there are none."
+    try:
+        return torch.linalg.eigh(C)
+    except torch.linalg.LinAlgError as error:
+        raise FloatingPointError("the covariance is no longer one: begin with a smaller sigma, or "
+                                 "look at the scores") from error
+
+# %% ../../nbs/63_evolve.cma.ipynb #b1d5c44a
 @patch
 def _reshape(self: CMAES, y: Tensor, z: Tensor, r: CMARates, lost: float) -> None:
     "C learns from its path and the draws (`y` stretched, `z` round); losers count negatively."
@@ -118,6 +127,6 @@ def _reshape(self: CMAES, y: Tensor, z: Tensor, r: CMARates, lost: float) -> Non
     f["stale"] += 1
     if f["stale"] > 1 / (10 * n * (r.one + r.many)):
         m["C"] = (m["C"] + m["C"].T) / 2
-        values, axes = torch.linalg.eigh(m["C"])
+        values, axes = _own_directions(m["C"])
         m["axes"] = axes.contiguous()  # as it is when it comes from a file: same sums, same bits
         m["lengths"], f["stale"] = values.clamp(min=1e-300).sqrt(), 0
