@@ -201,6 +201,31 @@ def _board(
     for line in board_lines(board_verdicts(folder)):
         typer.echo(visible_text(line))
 
+# %% ../nbs/98b_cli.ipynb #3f5e8bbd
+@command
+def _fetch(
+    *,
+    to: Path = Path("llm-course-room"), # Where packages, texts and a note go
+    packages: bool = True,              # The packages, too, or only texts?
+    datasets: str = "",                 # Datasets to take along, with commas between
+) -> None:
+    "Collect all that a room without network needs: packages, the course, texts."
+    from llm_course.fetch import fetch_all
+    names = [name.strip() for name in datasets.split(",") if name.strip()]
+    for line in fetch_all(to, packages, names):
+        typer.echo(visible_text(line))
+
+@command
+def _slides(
+    lesson: str,              # For example 31_model.attention
+    *,
+    out: Path | None = None,  # The page; by default LESSON.slides.html
+) -> None:
+    "Turn a lesson into slides: one HTML file that loads nothing."
+    from llm_course.fetch import write_slides
+    path = out or Path(f"{lesson}.slides.html")
+    typer.echo(f"{write_slides(lesson, path)} slides in {visible_text(str(path))}")
+
 # %% ../nbs/98b_cli.ipynb #4998d802
 def _clean_into(source: str, folder: Path, reporter, **how):
     "Clean, and say how far it is and how long it will take."
