@@ -3,7 +3,7 @@
     python experiments/capstone.py 1 [5 15]        make the entries of 1, 5 and 15 minutes
     python experiments/capstone.py 1 --save llm_course/assets
 
-A minute is a minute of the reference machine, in CPU-seconds of one core (`96e_capstone`). The
+A minute is a minute of the reference machine, in CPU-seconds of one core (`96e_entries`). The
 entry is judged from its file, as any other; the last line is JSON, and `value` is the excess over
 the floor of the last one, in nats per token.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llm_course.capstone import course_recipe, judge_entry, make_entry, pack_entry, read_entry
+from llm_course.entries import course_recipe, judge_entry, make_entry, pack_entry, read_entry
 
 
 def main() -> None:

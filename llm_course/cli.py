@@ -187,7 +187,7 @@ def _submit(
     out: Path | None = None,  # The file; by default RUN.entry.zip
 ) -> None:
     "Put an entry of the capstone into one file, which another machine can check."
-    from llm_course.capstone import pack_entry
+    from llm_course.entries import pack_entry
     typer.echo(f"Hand in {visible_text(str(pack_entry(run, out)))}")
 
 @command
@@ -195,7 +195,7 @@ def _board(
     folder: Path, # Holds the *.entry.zip of a class
 ) -> None:
     "Check every entry of the capstone, compute its number anew, and rank the class."
-    from llm_course.capstone import board_lines, board_verdicts
+    from llm_course.entries import board_lines, board_verdicts
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
     for line in board_lines(board_verdicts(folder)):
