@@ -207,7 +207,7 @@ def _is_ours(file) -> bool:
     file.seek(0)
     said = re.match(r"process (\d+) on (.*)", file.read())
     file.seek(0)
-    print(f"{Path(file.name).parent} can't be locked: begin no second process there.")
+    print(f"{str(Path(file.name).parent)!r} can't be locked: begin no second process there.")
     if said is None or said[2] == platform.node() and not _is_alive(int(said[1])):
         return True
     return said[2] == platform.node() and int(said[1]) == os.getpid()

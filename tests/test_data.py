@@ -399,6 +399,20 @@ def test_what_a_folder_holds_is_said_by_ending_and_count(tmp_path):
     assert found.left_out == {".png": 2, "without ending": 1, ".tar.gz": 1}
 
 
+def test_a_few_tables_without_the_column_are_left_out_of_a_folder_and_counted(tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 100, encoding="utf-8")
+    (tmp_path / "sizes.csv").write_text("name,size\ncat,3\n", encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"body": "a row"}\n', encoding="utf-8")
+    assert len(list(read_texts(tmp_path))) == 1
+    assert "1 files (1 .txt); left out: 2 tables without a column 'text'" in str(files.find_texts(tmp_path, "text"))
+    assert len(list(read_texts(tmp_path, column="body"))) == 2
+    (tmp_path / "rows.jsonl").write_text('{"body": "a row"}\n' * 100, encoding="utf-8")  # much of it: somebody erred
+    with pytest.raises(ValueError, match="no column 'text'; there are 'body'"):
+        list(read_texts(tmp_path))
+    with pytest.raises(ValueError, match="no column 'text'; there are 'name'"):
+        list(read_texts(tmp_path / "sizes.csv"))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_a_file_name_that_is_no_utf8_is_read(tmp_path):
     with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w", encoding="utf-8") as file:

@@ -106,6 +106,8 @@ def made(tmp_path_factory):
     (folder / "a.txt.gz").write_bytes(gzip.compress(b"one two three " * 50))
     (folder / "config.json").write_text(json.dumps({"settings": Settings("world", size=1).filled().to_dict()}),
                                         encoding="utf-8")
+    (folder / "stages.json").write_text(json.dumps({"tokenizer": {"source": "world"}, "plan": {"documents": True}}),
+                                        encoding="utf-8")
     return folder
 
 
@@ -117,7 +119,7 @@ def plain():
 
 READERS = {"model.safetensors": load_model, "reward.safetensors": load_reward, "step.safetensors": read_checkpoint,
            "tokenizer.bpe": load_tokenizer, "ranks.tiktoken": read_ranks, "chats.jsonl": read_chats,
-           "pairs.jsonl": read_pairs, "judged.jsonl": read_judgements, "config.json": read_json,
+           "pairs.jsonl": read_pairs, "judged.jsonl": read_judgements, "config.json": read_json, "stages.json": read_stages,
            "shards/shards.json": lambda path: Shards(path.parent, check=True),
            "adapter/adapter_config.json": lambda path: load_lora(plain(), path.parent),
            "adapter/adapter_model.safetensors": lambda path: load_lora(plain(), path.parent),

@@ -103,3 +103,58 @@ def test_a_lesson_runs_from_the_wheel(bin_folder, tmp_path):
 @pytest.mark.skipif(not (ROOT / "llm_course" / "cli.py").exists(), reason="there is no command yet")
 def test_the_command_is_there(bin_folder, tmp_path):
     assert "lab" in run(bin_folder / "llm-course", "--help", cwd=tmp_path)
+
+
+def obeying(*command) -> list:
+    "A command for which read-only means read-only, even if root gives it."
+    if os.geteuid() != 0:
+        return [*command]
+    if shutil.which("setpriv") is None:
+        pytest.skip("nothing is read-only for root here")
+    return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner", "--", *command]
+
+
+@pytest.fixture
+def sealed(bin_folder):
+    "The installation, which nobody may write to while the test runs."
+    site = Path(run(bin_folder / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    shutil.rmtree(site / "llm_course" / "__pycache__", ignore_errors=True)
+    places = [site, site / "llm_course", *(p for p in (site / "llm_course").rglob("*"))]
+    modes = [(p, p.stat().st_mode) for p in places]
+    for path, mode in modes:
+        path.chmod(mode & ~0o222)
+    yield bin_folder
+    for path, mode in reversed(modes):
+        path.chmod(mode)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Unix's permissions")
+def test_a_read_only_installation_works_without_a_home(sealed, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")}
+    environment |= {"HOME": "/nonexistent", "LC_ALL": "C", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("LANG", None)
+
+    def call(*words, code=(0,)):
+        result = subprocess.run(obeying(sealed / "llm-course", *map(str, words)), cwd=tmp_path, env=environment,
+                                capture_output=True, text=True, encoding="utf-8", timeout=300)
+        assert result.returncode in code and "Traceback" not in result.stderr, result.stdout + result.stderr
+        return result.stdout
+
+    package = Path(call_python(sealed, environment, "import llm_course; print(llm_course.__file__)")).parent
+    refused = subprocess.run(obeying(sealed / "python", "-c", f"open({str(package / 'x')!r}, 'w')"), cwd=tmp_path,
+                             env=environment, capture_output=True, text=True)
+    assert "PermissionError" in refused.stderr, "the installation is not read-only"
+    assert "torch" in call("doctor", code=(0, 1))
+    assert "copied" in call("lab", "mine", "--no-start") and (tmp_path / "mine" / LESSON).exists()
+    (tmp_path / "rhyme.txt").write_text("".join(f"The cat saw {n} mice.\n" for n in range(400)), encoding="utf-8")
+    call("build", "--data", "rhyme.txt", "--depth", 1, "--steps", 5, "--out", "run", "--device", "cpu")
+    assert (tmp_path / "run" / "report.html").exists()
+    out = subprocess.run(obeying(sealed / "python", "-c", EXECUTE, LESSON), cwd=tmp_path / "mine", timeout=300,
+                         env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert "cells ran" in out.stdout, out.stderr
+    assert not [*package.rglob("__pycache__")]
+
+
+def call_python(bin_folder, environment, code):
+    "What a line of Python prints there."
+    return run(bin_folder / "python", "-c", code, env=environment, cwd="/").strip()

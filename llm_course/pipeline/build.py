@@ -22,7 +22,7 @@ from ..data.batches import DocumentBatches, one_pass
 from ..data.files import read_texts
 from ..data.shards import memory_shards
 from ..generate.write import sample_batch, generate
-from ..guard import reading, refuse_links, shell_line
+from ..guard import reading, refuse_links, shell_line, visible_text
 from ..model.files import load_model, save_model
 from ..model.gpt import GPT
 from .assistant import (
@@ -61,8 +61,8 @@ def _unfinished_model(folder: Path | None, files: dict, stage: str) -> GPT | Non
     model = read_plan(facts["plan"]).best_model(found.parent, facts["tokenizer"]["vocab_size"])
     kind, progress = "last checkpoint", read_checkpoint(found)[1]["progress"]
     kind = "best model so far" if found.stem == "best" else kind
-    print(f"{folder} is not finished: this is its {kind}, of step {progress['step']}.",
-          file=sys.stderr)
+    print(visible_text(f"{folder} is not finished: this is its {kind}, of step "
+                       f"{progress['step']}."), file=sys.stderr)
     return model
 
 # %% ../../nbs/95e_pipeline.build.ipynb #62127a67
