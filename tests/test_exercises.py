@@ -74,6 +74,7 @@ class Collected:
     def define(self, cell) -> None:
         "Run a cell that makes exercises, and note the names in it that nothing here defines."
         code = compile(cell.source, cell.id, "exec")
+        linecache.cache[cell.id] = (1, None, cell.source.splitlines(keepends=True), cell.id)
         try:
             exec(code, self.space)
         except NameError as error:
@@ -183,6 +184,17 @@ def test_solutions_pass(lesson, capsys):
         exercise.check_solution(lesson.solutions[name])
         said = capsys.readouterr().out
         assert "reference solution" in said and "✓" not in said  # a tick is a learner's own
+
+
+def test_printed_solutions_are_solutions(lesson, capsys):
+    "What `solution()` prints is a program, without switches for the mistakes, and it passes."
+    for name, exercise in each(lesson):
+        exercise.solution()
+        printed = capsys.readouterr().out
+        space = dict(lesson.space)
+        exec(printed, space)
+        answer = space[ast.parse(printed).body[-1].name]
+        assert exercise.diagnose(answer) is None, f"{name}: {printed}"
 
 
 def test_solutions_do_not_replace_an_answer(lesson):

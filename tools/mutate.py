@@ -29,7 +29,25 @@ NAMES = {
 # Changes (exercise, the changed line) that were looked at and make no difference to any input.
 EQUAL = {
     ("ex_top_p", "before = ranked.cumsum(-1) - ranked"),  # rows of one dimension only
+    ("ex_top_p", "kept = torch.zeros_like(probs).scatter(-1, order, ranked * (before < p))"),
     ("ex_temperature", "return (logits / temperature).softmax(dim=-0)"),
+    ("ex_smooth", "logp = logits.log_softmax(dim=-0)"),
+    ("ex_step", "weights = (keys @ q / math.sqrt(len(q))).softmax(dim=-1)"),
+    # Two dimensions: the last is number 1.
+    ("ex_weights", "return scores.softmax(dim=1)"),
+    ("ex_weights", "scores = q @ k.T / math.sqrt(q.shape[1])"),
+    ("ex_causal", "return scores.masked_fill(future, -math.inf).softmax(dim=1)"),
+    ("ex_rope", "a, b = x.chunk(2, dim=1)"),
+    ("ex_rope", "return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=1)"),
+    ("ex_nearest", "cosines[i] = -2"),  # no cosine is below -1
+    ("ex_cosine", "if p <= 0.1:"),  # both pieces are 1 there
+    ("ex_micro", "while pipeline_bubble(stages, m) >= most + 1e-09:"),  # 1e-9 is there for rounding
+    # One part in 1e9 is below the tolerance.
+    ("ex_network", "return sent / (gbit / 8 * 1000000001.0)"),
+    ("ex_network", "return sent / (gbit / 8 * 999999999.0)"),
+    # Any list that tells the four apart is right.
+    *(("ex_case", f"return [{a}, {b}, {c}]") for a, b, c in [
+        (1, 0, 9), (-1, 0, 9), (0, 1, 9), (0, -1, 9), (0, 0, 10), (0, 0, 8)]),
     ("ex_answer", "probs = logits.softmax(dim=1).gather(1, tokens[:, None])"),  # two dimensions
     ("ex_answer", "log_probs = logits[start - 1:-1].log_softmax(dim=1)"),
     ("ex_answer", "return log_probs.gather(1, tokens[start:, None]).sum()"),
