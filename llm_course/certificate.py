@@ -33,6 +33,7 @@ def progress_lines(
     gone = [title for title in passed if title not in every]
     return lines + [f"  passed, and no longer in the course: {', '.join(gone)}"] * bool(gone)
 
+# %% ../nbs/96a_certificate.ipynb #0c084663
 def show_progress() -> None:
     "Print which exercises are passed, from the record on this computer."
     path = progress_file()
@@ -49,6 +50,7 @@ def _claims_table(claims: dict) -> str:
             for title, e in claims["passed"].items()}
     return grid_html(["exercise", "lesson", "passed on", "version"], rows)
 
+# %% ../nbs/96a_certificate.ipynb #b9ee80b1
 def certificate_page(
     passed: dict, # From `read_progress`
     name: str,    # Who passed them
@@ -86,6 +88,7 @@ def _claims_in(page: str) -> dict:
         raise ValueError("the certificate was changed: it shows something else than its data say")
     return claims
 
+# %% ../nbs/96a_certificate.ipynb #68cab3c0
 def verify_certificate(
     page: str,    # From `certificate_page`
     passed: dict, # From `read_progress`

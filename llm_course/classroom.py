@@ -23,6 +23,7 @@ def read_cells(
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
+# %% ../nbs/96b_classroom.ipynb #2d49b23d
 def source_of(
     cell: dict, # Of a notebook
 ) -> str:
@@ -67,6 +68,7 @@ def lesson_exercises(
         ex.solution = _refuse_solution
     return space
 
+# %% ../nbs/96b_classroom.ipynb #8e5fa58b
 def class_exercise(
     name: str,      # Of a lesson, for example "31_model.attention"
     *wanted: str,   # Names from its exercises' cells, for example "ex_causal"
@@ -86,7 +88,8 @@ def is_solution(
     "Does a cell hold the solution of an exercise?"
     code = cell["cell_type"] == "code"
     return code and (source_of(cell).startswith('#| code-summary: "A solution')
-                     or ".check_solution(" in source_of(cell) and "#| export" not in source_of(cell))
+                     or ".check_solution(" in source_of(cell)
+                     and "#| export" not in source_of(cell))
 
 def _names(source: str, kinds: tuple) -> set:
     "Names that a cell reads (`ast.Load`) or makes at its top (`ast.Store`)."
@@ -97,6 +100,7 @@ def _names(source: str, kinds: tuple) -> set:
     assigned = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
     return made | {n.id for t in assigned for n in ast.walk(t) if isinstance(n, ast.Name)}
 
+# %% ../nbs/96b_classroom.ipynb #2c7a8a73
 def _fetching(name: str, cell: dict, others: set) -> str:
     "The line that stands for a cell which makes exercises."
     source = source_of(cell)
@@ -122,7 +126,7 @@ def without_solutions(
         with_magic = re.sub(r"^[%!].*$", "", source_of(cell), flags=re.M)
         used |= _names(with_magic, (ast.Load,))
     for cell in cells:
-        if cell["cell_type"] == "code" and makes_exercise(cell) and exercise_titles(source_of(cell)):
+        if makes_exercise(cell) and exercise_titles(source_of(cell)):
             cell["source"] = _fetching(name, cell, used).splitlines(keepends=True)
             cell["outputs"] = []
         elif for_learners(cell):

@@ -25,7 +25,7 @@ from .tokens.exchange import load_tokenizer
 from .train.floor import floor_excess
 from .train.loop import TrainConfig, Trainer
 from .train.runner import run_job
-from .world import World
+from .world.story import World
 
 # %% ../nbs/96e_entries.ipynb #acfb2ddf
 REFERENCE = 0.06    # CPU-seconds of a reference step, one thread, where the course was written
@@ -64,6 +64,7 @@ class CpuClock:
         "Which share of the budget is used; above 1 it is over."
         return (cpu_seconds() - self.begin) / self.total
 
+# %% ../nbs/96e_entries.ipynb #e3befeda
 class _Rest:
     "What a trainer asks: the share that is used of what was left when it began."
     def __init__(self, clock: CpuClock, keep: float):
@@ -104,6 +105,7 @@ def unseen_stories() -> tuple: # Always the same; nobody trains on these
     "The test of the capstone."
     return tuple(World().sample(TEST_STORIES, seed=TEST_SEED))
 
+# %% ../nbs/96e_entries.ipynb #6df679ac
 def _words(stories) -> int:
     "How many tokens the course's tokenizer makes of them, an end for each."
     ruler = load_tokenizer(asset("story.bpe"))
@@ -137,6 +139,7 @@ def by_length(
     rng.shuffle(batches)
     return [story for batch in batches if len(batch) == batch_size for story in batch]
 
+# %% ../nbs/96e_entries.ipynb #c4f06b83
 def course_recipe(
     clock: CpuClock, # Already running
 ) -> tuple:          # Model, tokenizer, log
@@ -168,11 +171,17 @@ def _loaded(entry: Entry) -> tuple:
         paths = [Path(folder) / name for name in _FILES]
         return load_model(paths[0]), load_tokenizer(paths[1])
 
+# %% ../nbs/96e_entries.ipynb #380e5056
 def _source(recipe: Callable) -> str:
     try:
         return inspect.getsource(recipe)
     except (OSError, TypeError):
         return "its source could not be read"
+
+# %% ../nbs/96e_entries.ipynb #5e1654fd
+def _write_facts(path: Path, facts: dict) -> None:
+    with atomic_write(path, "w") as f:
+        json.dump(facts, f, indent=1)
 
 # %% ../nbs/96e_entries.ipynb #bbb0d79e
 def make_entry(
@@ -199,10 +208,10 @@ def make_entry(
              "threads": torch.get_num_threads(), "version": llm_course.__version__,
              "recipe": _source(recipe), "log": log,
              "hashes": {n: hashlib.sha256(d).hexdigest() for n, d in zip(_FILES, data)}}
-    with atomic_write(folder / "entry.json", "w") as f:
-        json.dump(facts, f, indent=1)
+    _write_facts(folder / "entry.json", facts)
     return facts
 
+# %% ../nbs/96e_entries.ipynb #0e54e47b
 def pack_entry(
     folder: str | Path,            # From `make_entry`
     out: str | Path | None = None, # The file; by default NAME.entry.zip beside the folder
@@ -222,9 +231,15 @@ def pack_entry(
         f.write(buffer.getvalue())
     return out
 
-# %% ../nbs/96e_entries.ipynb #c7e625d5
+# %% ../nbs/96e_entries.ipynb #49fd5dcb
 _MOST = 64 * 2**20  # Bytes of one file in an entry
 
+def _check_hashes(hashes: dict, data: dict) -> None:
+    for name in _FILES:
+        if hashes.get(name) != hashlib.sha256(data[name]).hexdigest():
+            raise ValueError(f"{name} is not the one that the entry was made with")
+
+# %% ../nbs/96e_entries.ipynb #92213a07
 def read_entry(
     path, # A file, or something to read bytes from
 ) -> Entry:
@@ -241,12 +256,11 @@ def read_entry(
         raise ValueError(f"no entry of the capstone ({error})") from None
     try:
         facts = json.loads(data["entry.json"])
-        hashes, numbers = facts["hashes"], [float(facts[k]) for k in ("minutes", "used", "excess")]
+        hashes = dict(facts["hashes"])
+        numbers = [float(facts[k]) for k in ("minutes", "used", "excess")]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its entry.json can't be understood ({error})") from None
-    for name in _FILES:
-        if hashes.get(name) != hashlib.sha256(data[name]).hexdigest():
-            raise ValueError(f"{name} is not the one that the entry was made with")
+    _check_hashes(hashes, data)
     if not all(0 < number < 1e6 for number in numbers[:2]):
         raise ValueError(f"it claims {numbers[0]} minutes, of which {numbers[1]} are used")
     return Entry(facts, *(data[name] for name in _FILES))
@@ -260,6 +274,7 @@ class Verdict(NamedTuple):
     fresh: float     # The same on stories drawn just now
     problem: str     # Why it is not ranked; empty if it is
 
+# %% ../nbs/96e_entries.ipynb #661edbaa
 def _excess_groups(model, tokenizer, stories, n: int = 10) -> tuple:
     "Mean excess, and its standard error from `n` groups of stories."
     size = max(1, len(stories) // n)
@@ -267,6 +282,7 @@ def _excess_groups(model, tokenizer, stories, n: int = 10) -> tuple:
     values = [common_excess(model, tokenizer, part) for part in parts if part]
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
+# %% ../nbs/96e_entries.ipynb #bf7ae119
 def judge_entry(
     entry: Entry,       # From `read_entry`
     fresh: int = 200,   # Stories to draw for the second look

@@ -27,6 +27,7 @@ def _is_below(path, folder: str) -> bool:
         return False
     return real == folder or real.startswith(folder + os.sep)
 
+# %% ../nbs/96c_fence.ipynb #09bf68ed
 def audit_rule(
     home: Path,                  # The only folder in which files may be changed
     closed: Path | None = None,  # A folder that may not even be read
@@ -64,6 +65,7 @@ def limit_memory(
     resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes << 20, megabytes << 20))
     return True
 
+# %% ../nbs/96c_fence.ipynb #723ccbe8
 class ShortMemory:
     "A file for what is printed, of which the first characters are kept."
     def __init__(
@@ -118,6 +120,7 @@ def unshared() -> tuple: # Words that go before a command; none where the system
     tried = subprocess.run([*words, "true"], capture_output=True, timeout=20)
     return words if tried.returncode == 0 else ()
 
+# %% ../nbs/96c_fence.ipynb #205fb59c
 class Told(NamedTuple):
     "What came from a process."
     lines: list     # The JSON objects that it wrote, in order
@@ -137,6 +140,7 @@ def _read(path: Path) -> list:
             continue
     return [x for x in found if isinstance(x, dict)]
 
+# %% ../nbs/96c_fence.ipynb #a7ab8e15
 def _end(process: subprocess.Popen) -> None:
     "End a process and all that it started."
     try:
@@ -148,6 +152,17 @@ def _end(process: subprocess.Popen) -> None:
         pass
     process.wait()
 
+# %% ../nbs/96c_fence.ipynb #3892238c
+def _start(module: str, paths: list) -> subprocess.Popen:
+    "Start a module in a process of its own, in silence."
+    environment = {**os.environ, "LLM_COURSE_PROGRESS": "off", "HF_HUB_OFFLINE": "1",
+                   "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": "agg",
+                   "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
+    command = [*unshared(), sys.executable, "-m", module, *map(str, paths)]
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, env=environment, cwd=paths[0].parent, stdin=nothing,
+                            stdout=nothing, stderr=nothing, start_new_session=True)
+
 # %% ../nbs/96c_fence.ipynb #496c4fe3
 def run_apart(
     module: str,      # To be run with -m; is given the job's file and the file for its lines
@@ -156,16 +171,10 @@ def run_apart(
     seconds: float,   # Most seconds in all
 ) -> Told:
     "Run a module in a process without network, and collect what it says."
-    environment = {**os.environ, "LLM_COURSE_PROGRESS": "off", "HF_HUB_OFFLINE": "1",
-                   "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": "agg",
-                   "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / "job.json", Path(folder) / "lines.jsonl"]
         paths[0].write_text(json.dumps(job), encoding="utf-8")
-        command = [*unshared(), sys.executable, "-m", module, *map(str, paths)]
-        process = subprocess.Popen(
-            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = _start(module, paths)
         begin = heard = time.monotonic()
         size, ending = 0, None
         while ending is None:

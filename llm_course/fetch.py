@@ -14,7 +14,7 @@ from .classroom import source_of, without_solutions
 from .core import atomic_write, need
 from .data.files import dataset_texts
 from .progress import lessons_folder
-from .world import World
+from .world.story import World
 
 # %% ../nbs/97d_fetch.ipynb #828788c7
 def fetch_commands(
@@ -30,7 +30,8 @@ def fetch_commands(
     return [[*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(root)],
             [*pip, "download", "--dest", str(wheels), *limits, str(root)]]
 
-_ROOM = """In the room, on each machine, with the same version of Python as the machine that fetched:
+# %% ../nbs/97d_fetch.ipynb #6a5a274a
+_ROOM = """In the room, on each machine, with the version of Python of the machine that fetched:
 
     python -m venv course
     course/bin/python -m pip install --no-index --find-links wheels llm-course
@@ -64,6 +65,7 @@ def fetch_texts(
             lines.append(f"{name} could not be fetched: {' '.join(str(error).split())[:100]}")
     return lines
 
+# %% ../nbs/97d_fetch.ipynb #a86a767f
 def fetch_all(
     folder: Path,             # Where everything goes
     packages: bool = True,    # The wheels, too?
@@ -96,6 +98,8 @@ td, th { border-bottom: 1px solid var(--soft); padding: .2rem .8rem; text-align:
 img, svg { max-width: 100% } blockquote { color: var(--soft); margin: 0 }
 @media print { section { break-after: page } }
 """
+
+# %% ../nbs/97d_fetch.ipynb #cc7e791e
 _KEYS = """
 const all = [...document.querySelectorAll("section")];
 const now = () => all.findIndex(s => s.getBoundingClientRect().bottom > innerHeight / 3);
@@ -106,6 +110,8 @@ addEventListener("keydown", e => {
   all[Math.max(0, Math.min(all.length - 1, now() + by))].scrollIntoView();
 });
 """
+
+# %% ../nbs/97d_fetch.ipynb #984d1bf3
 _FRAME = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
@@ -124,6 +130,7 @@ def _output_html(output: dict) -> str:
     text = "".join(output.get("text", data.get("text/plain", [])))
     return f'<pre class="out">{html.escape(text)}</pre>' if text.strip() else ""
 
+# %% ../nbs/97d_fetch.ipynb #1f0b96c5
 def _cell_html(cell: dict) -> str:
     "A code cell and its outputs, or nothing for one that is hidden."
     source = source_of(cell)
@@ -135,6 +142,7 @@ def _cell_html(cell: dict) -> str:
     shown = "" if "#| echo: false" in marks else f"<pre><code>{html.escape(code)}</code></pre>"
     return shown + "".join(map(_output_html, cell.get("outputs", [])))
 
+# %% ../nbs/97d_fetch.ipynb #a54449e3
 def slides_page(
     notebook: bytes, # A lesson
     name: str,       # Its name, for example "31_model.attention"

@@ -31,6 +31,7 @@ class Grade(NamedTuple):
     mistake: str   # The misconception, if it is known
     message: str   # The first line of what the check says, or what happened
 
+# %% ../nbs/96d_grade.ipynb #48745309
 def plain_cell(
     text: str, # Anything that a student wrote
 ) -> str:      # For a table that a spreadsheet opens
@@ -38,6 +39,7 @@ def plain_cell(
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
     return "'" + line if line[:1] in ("=", "+", "-", "@") else line
 
+# %% ../nbs/96d_grade.ipynb #92b0d195
 def grades_csv(
     grades: Iterable[Grade], # In the order of the rows
 ) -> str:                    # A table with a line of headings
@@ -69,6 +71,7 @@ class _Recorder:
     def __getattr__(self, name):
         return lambda *_, **__: None  # hints, solutions: nothing to note
 
+# %% ../nbs/96d_grade.ipynb #a4164077
 def _stub_answers(name: str) -> dict:
     "Name of an exercise -> the expression that the lesson's stub hands to `check`."
     found = {}
@@ -122,6 +125,7 @@ def _run_cells(job: dict, say, space: dict) -> bool:
             say(error=f"{type(error).__name__}: {str(error)[:200]}")
     return missing
 
+# %% ../nbs/96d_grade.ipynb #f76d7aa4
 def _grade_inside(arguments: list[str]) -> None:
     "The process behind the fence: run a student's cells and note what the exercises say."
     name = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))["lesson"]
@@ -154,6 +158,7 @@ class Limits(NamedTuple):
     megabytes: int = 2000   # Of memory, beyond what the course itself needs
     restarts: int = 4       # How many cells may end the process
 
+# %% ../nbs/96d_grade.ipynb #093a92e9
 def _copy_folder(path: Path, home: Path, own_folder: bool) -> None:
     "A scratch copy: the files beside the notebook, up to 32 MB of them, and no links."
     if not own_folder:
@@ -168,6 +173,7 @@ def _copy_folder(path: Path, home: Path, own_folder: bool) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
 
+# %% ../nbs/96d_grade.ipynb #c8792b53
 def _checked_in(cells: list, number: int) -> list:
     "The names of the exercises that a cell checks."
     source = dict(cells).get(number, "")
@@ -200,6 +206,19 @@ def _attempt(path: Path, name: str, whole: bool, limits: Limits, own_folder: boo
         stopped |= dict.fromkeys(_checked_in(cells, number), why)
     return found, stopped, False
 
+# %% ../nbs/96d_grade.ipynb #ad495e85
+def _as_grades(name: str, student: str, titles: dict, found: dict, stopped: dict) -> list:
+    "One grade for each exercise, from what was said inside the fence."
+    grades = []
+    for title, key in titles.items():
+        line = found.get(title, {})
+        state, message = line.get("state", "not answered"), line.get("message", "")
+        if state != "passed" and key in stopped:
+            state, message, line = "stopped", stopped[key], {}
+        grades.append(Grade(student, name, title, int(state == "passed"), state,
+                            line.get("mistake", ""), message))
+    return grades
+
 # %% ../nbs/96d_grade.ipynb #cbd7952d
 def grade_notebook(
     path: Path,               # A student's notebook
@@ -219,15 +238,7 @@ def grade_notebook(
             stopped |= later
     except ValueError as error:
         return [Grade(student, name, t, 0, "no notebook", "", str(error)) for t in titles]
-    grades = []
-    for title, key in titles.items():
-        line = found.get(title, {})
-        state, message = line.get("state", "not answered"), line.get("message", "")
-        if state != "passed" and key in stopped:
-            state, message, line = "stopped", stopped[key], {}
-        grades.append(Grade(student, name, title, int(state == "passed"), state,
-                            line.get("mistake", ""), message))
-    return grades
+    return _as_grades(name, student, titles, found, stopped)
 
 # %% ../nbs/96d_grade.ipynb #158a0d80
 def find_lesson(
@@ -244,6 +255,7 @@ def find_lesson(
         inside = [n for n in re.findall(r'lesson\(\\?"([\w.]+)\\?"', text) if n in known]
     return max(inside, key=len, default="")
 
+# %% ../nbs/96d_grade.ipynb #8a01c129
 def find_notebooks(
     folder: Path,          # What was collected
     name: str | None = None, # The lesson; by default what each notebook says
@@ -304,6 +316,7 @@ def _bars(counts: Counter) -> str:
         for what, n in counts.most_common())
     return f"<table>{rows}</table>"
 
+# %% ../nbs/96d_grade.ipynb #3a89ac49
 def grades_page(
     grades: list[Grade], # Of a class
 ) -> str:                # HTML that loads nothing

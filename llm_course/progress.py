@@ -44,6 +44,7 @@ def lessons_folder() -> Path: # Inside an installed package, or beside a checkou
             return folder
     raise FileNotFoundError("no lessons found; pip install --force-reinstall llm-course")
 
+# %% ../nbs/00c_progress.ipynb #f655064d
 def makes_exercise(
     cell: dict, # Of a notebook
 ) -> bool:
@@ -52,6 +53,7 @@ def makes_exercise(
     folded = re.match(r"(#\|.*\n)*#\| code-fold: true", source)
     return cell["cell_type"] == "code" and bool(folded) and "Exercise(" in source
 
+# %% ../nbs/00c_progress.ipynb #15a5eb1e
 def exercise_titles(
     source: str, # Of a cell
 ) -> dict:       # Name of the variable -> title of the exercise
@@ -109,6 +111,7 @@ def _alone(path: Path):
     finally:
         lock.__exit__(None, None, None)
 
+# %% ../nbs/00c_progress.ipynb #22354a95
 def _write_pass(path: Path, title: str, where: str) -> None:
     "Add an exercise to the record; the first time that it was passed stays."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +138,7 @@ def _left(title: str, passed: dict) -> str:
         return f"{where}: all {len(own)} exercises passed."
     return f"{where}: {len(own) - len(open_)} of {len(own)} passed; left: {', '.join(open_)}."
 
+# %% ../nbs/00c_progress.ipynb #3b09ad54
 def note_answer(
     title: str,   # Of the exercise
     passed: bool, # Is the answer right?
