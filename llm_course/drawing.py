@@ -84,6 +84,7 @@ def text(
         self.parts.append(f'<text x="{x:g}" y="{at:.1f}" font-size="{size}" '
                           f'text-anchor="{anchor}" fill="currentColor">{html.escape(line)}</text>')
 
+# %% ../nbs/00h_drawing.ipynb #92af149b
 @patch
 def path(
     self: Drawing,
@@ -115,6 +116,7 @@ def arrow(
     ax, ay, bx, by = facing_points(a, b)
     self.path([(ax, ay), (bx, by)], words, dashed)
 
+# %% ../nbs/00h_drawing.ipynb #aa87b4f6
 @patch
 def row(
     self: Drawing,
@@ -150,8 +152,8 @@ def draw_pipeline() -> Drawing: # From text to an assistant
     steps = d.row(10, 40, ["raw\ntext", "clean\ntext", "tokens"], width=80, kind="data")
     models = d.row(322, 40, ["base\nmodel", "instructed\nmodel", "assistant"], width=100, gap=54)
     d.arrow(steps[-1], models[0])
-    for box, words in zip([*steps, *models], ["crawl", "rules", "BPE", "next token", "conversations",
-                                              "preferences"]):
+    made_of = ["crawl", "rules", "BPE", "next token", "conversations", "preferences"]
+    for box, words in zip([*steps, *models], made_of):
         d.text(box.x + box.width / 2, 100, words, size=12)
     d.text(10, 20, "data", anchor="start")
     d.text(322, 20, "models, each made from the one before", anchor="start")
@@ -181,7 +183,8 @@ def draw_block() -> Drawing: # One transformer block
     stream = 120
     d.path([(stream, 320), (stream, 14)])
     d.text(stream, 6, "(B, T, C)", size=11)
-    for y, name, note in ((185, "attention", "positions exchange"), (35, "MLP", "each position alone")):
+    branches = (185, "attention", "positions exchange"), (35, "MLP", "each position alone")
+    for y, name, note in branches:
         plus = d.box(stream - 12, y, "+", width=24, height=24, kind="computed")
         norm = d.box(210, y + 70, "norm", width=100)
         part = d.box(350, y - 8, name, width=120)
@@ -213,9 +216,9 @@ def draw_gpt() -> Drawing: # The whole model
 def draw_heads() -> Drawing: # Attention with several heads
     "Attention: three projections, heads that work side by side, and a last projection."
     d = Drawing("Attention with heads: from x of shape (B, T, C) three learned matrices make "
-                "queries, keys and values, cut into H heads of width D. Queries times keys, divided "
-                "by the root of D and masked, become weights by a softmax; weights times values are "
-                "joined and projected back to (B, T, C).", 700, 250)
+                "queries, keys and values, cut into H heads of width D. Queries times keys, "
+                "divided by the root of D and masked, become weights by a softmax; weights times "
+                "values are joined and projected back to (B, T, C).", 700, 250)
     x = d.box(10, 105, "x\n(B, T, C)", width=80, kind="data")
     q, k, v = (d.box(140, y, name, width=110) for y, name in
                ((20, "queries"), (105, "keys"), (190, "values")))
@@ -249,7 +252,8 @@ def draw_cache(
         for i in range(step + 1):
             kind = "learned" if i == step else "computed"
             d.box(60 + 74 * i, y, f"k{i + 1}, v{i + 1}", width=66, height=32, kind=kind)
-        d.text(400, y + 16, "  ".join(f"q{step + 1}·k{i + 1}" for i in range(step + 1)), 12, "start")
+        products = [f"q{step + 1}·k{i + 1}" for i in range(step + 1)]
+        d.text(400, y + 16, "  ".join(products), size=12, anchor="start")
     return d
 
 # %% ../nbs/00h_drawing.ipynb #ada91700

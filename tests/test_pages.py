@@ -257,3 +257,16 @@ def test_a_downloaded_notebook_installs_the_course(tmp_path):
     ast.parse(install.replace("%pip", "pass  #"))
     names = {path.name for path in (ROOT / "nbs").glob("*.ipynb")}
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_faults_of_a_finished_site_are_found(tmp_path):
+    good = '<p id="here"><a href="./b.html#x">b</a> <a href="../">up</a> <a href="lessons/a.ipynb">'
+    write = pages.write
+    write(tmp_path / "a.html", good + '<link rel="canonical" href="https://x/a.html">')
+    write(tmp_path / "b.html", '<b id="x"> <a href="#cb1-1">1</a> <img alt="a cat" src="c.png">')
+    write(tmp_path / "api" / "c.html", '<a href="../a.html#here">a</a>')
+    assert list(pages.site_faults(tmp_path)) == []
+    write(tmp_path / "api" / "d.html", '<a href="a.html"></a><img src="x.png">')
+    write(tmp_path / "e.css", "@import url(https://fonts.example/x);")
+    write(tmp_path / "f.html", '<script src="https://cdn.example/jquery.js"></script>')
+    assert len(list(pages.site_faults(tmp_path))) == 4

@@ -3,6 +3,7 @@
     python tools/lessons.py                    run them all; say how long each took
     python tools/lessons.py 31 40_train.optim  run some, by name or number
     python tools/lessons.py --store [NAME...]  and store their outputs in the notebooks
+    python tools/lessons.py --stale [NAME...]  name the cells whose stored outputs are old
     python tools/lessons.py --times            write the seconds into the table of the index
 
 With --store, the same lesson stores the same bytes each time: seeds and threads are fixed, the
@@ -202,9 +203,8 @@ def joined(outputs: list) -> list:
     return result
 
 
-def store(path: Path) -> float:
-    "Run a lesson and keep its outputs; an unchanged file is not touched. Returns seconds."
-    from execnb.nbio import nb2str
+def fresh(path: Path) -> tuple:
+    "Run a lesson; returns the notebook with its outputs, as it would be stored, and seconds."
     from nbdev.clean import clean_nb
 
     notebook, seconds = execute(path, STEADY)
@@ -216,8 +216,32 @@ def store(path: Path) -> float:
             cell.outputs = joined([o for o in cell.outputs if steady_output(o)])
     plain = json.loads(nbformat.writes(notebook))
     clean_nb(plain, allowed_cell_metadata_keys=["jupyter"])
-    write_if_changed(path, nb2str(plain))
+    return plain, seconds
+
+
+def store(path: Path) -> float:
+    "Run a lesson and keep its outputs; an unchanged file is not touched. Returns seconds."
+    from execnb.nbio import nb2str
+
+    notebook, seconds = fresh(path)
+    write_if_changed(path, nb2str(notebook))
     return seconds
+
+
+def check_stored(path: Path) -> float:
+    "Run a lesson; `ValueError` names the cells whose outputs are not those stored. Seconds."
+    notebook, seconds = fresh(path)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    old = [
+        a["id"] for a, b in zip(cells, notebook["cells"]) if a.get("outputs") != b.get("outputs")
+    ]
+    if old:
+        raise ValueError(f"old outputs in cells {old}: tools/lessons.py --store {path.stem}")
+    return seconds
+
+
+def run_only(path: Path) -> float:
+    return execute(path, {})[1]
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -257,13 +281,15 @@ def main() -> None:
         "names", nargs="*", help="names or numbers; all lessons when there are none"
     )
     parser.add_argument("--store", action="store_true", help="store the outputs in the notebooks")
+    parser.add_argument("--stale", action="store_true", help="name cells with old outputs")
     parser.add_argument("--times", action="store_true", help="write the seconds into the index")
     parser.add_argument("--folder", type=Path, default=NBS, help="where the lessons lie")
     options = parser.parse_args()
     seconds, failed = {}, []
     for path in find(options.names, options.folder):
         try:
-            seconds[path.stem] = store(path) if options.store else execute(path, {})[1]
+            run = store if options.store else check_stored if options.stale else run_only
+            seconds[path.stem] = run(path)
             print(f"{path.stem:24} {seconds[path.stem]:5.1f} s", flush=True)
         except Exception as error:
             failed.append(path.stem)

@@ -219,7 +219,8 @@ class Glossary:
         def link(found) -> str:
             term = self.by_form[found[1].lower()]
             meaning = plain_words(self.meanings[term][1]).replace('"', "'")
-            if term in seen or number and number in re.findall(r"\b\d\d[a-z]?\b", meaning):
+            own = number and number in re.findall(r"\b\d\d[a-z]?\b", meaning)
+            if term in seen or own or found[0] == "transformers":  # that is a library
                 return found[0]
             seen.add(term)
             return f'[{found[0]}](glossary.html#{anchor(term)}){{.term data-meaning="{meaning}"}}'
