@@ -178,7 +178,11 @@ def _source(recipe: Callable) -> str:
     except (OSError, TypeError):
         return "its source could not be read"
 
-# %% ../nbs/96e_entries.ipynb #5e1654fd
+# %% ../nbs/96e_entries.ipynb #a9d482c3
+def _refuse_accelerator(model: GPT) -> None:
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        raise ValueError("the model is on an accelerator, whose work no CPU-second counts")
+
 def _write_facts(path: Path, facts: dict) -> None:
     with atomic_write(path, "w") as f:
         json.dump(facts, f, indent=1)
@@ -195,8 +199,7 @@ def make_entry(
     clock = CpuClock(minutes)
     model, tokenizer, log = recipe(clock)
     used, folder = clock.used(), Path(folder)
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        raise ValueError("the model is on an accelerator, whose work no CPU-second counts")
+    _refuse_accelerator(model)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / _FILES[0], torch.bfloat16)
     tokenizer.save(folder / _FILES[1])

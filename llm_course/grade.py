@@ -100,7 +100,7 @@ def student_cells(
     known, chosen = {source_of(cell).strip() for cell in read_cells(name)}, []
     for number, (cell, source) in enumerate(zip(cells, sources), 1):
         mine = source.strip() not in known
-        fetched = "class_exercise(" in source
+        fetched = " = class_exercise(" in source
         if fetched or makes_exercise(cell) or is_solution(cell) or not source.strip():
             continue
         if mine or whole and not for_learners(cell) or only_imports(cell):

@@ -50,7 +50,7 @@ def test_no_solution_leaks(lesson, copies):
     loaded = set()
     for cell in json.loads(copy)["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and "class_exercise(" not in source:
+        if cell["cell_type"] == "code" and " = class_exercise(" not in source:
             loaded |= {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
     solved = {name for name in defined if name.startswith("solved_")}
     assert solved.isdisjoint(loaded), "a cell uses a solution"
@@ -64,7 +64,7 @@ def test_nothing_that_the_copy_imports_for_exercises_holds_them(lesson, copies):
     modules = {"llm_course.classroom", "llm_course.check", "llm_course.progress"}
     for cell in json.loads(copies[lesson.path.name])["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and ("class_exercise(" in source or ".check(" in source):
+        if cell["cell_type"] == "code" and (" = class_exercise(" in source or ".check(" in source):
             nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
             modules |= {n.module for n in nodes if (n.module or "").startswith("llm_course")}
     for module in modules:
@@ -79,7 +79,7 @@ def test_the_exercises_of_the_copy_still_diagnose(lesson, copies):
     space = {}
     for cell in json.loads(copies[lesson.path.name])["cells"]:
         source = "".join(cell["source"])
-        if "class_exercise(" in source:
+        if " = class_exercise(" in source:
             exec(source, space)
     found = {name: x for name, x in space.items() if isinstance(x, Exercise)}
     titles = [t for t, where in progress.course_exercises().items() if where == lesson.name]
