@@ -287,8 +287,8 @@ def test_broken_logits_are_refused(bad):
     "how", [{"temperature": 0}, {"temperature": 0.8, "top_k": 9}, {"top_p": 0.9}])
 def test_one_text_with_and_without_a_cache(style, how):
     model, prompt = small(style), PROMPTS[0]
-    adjust = lambda logits, rows: logits - 100 * (torch.arange(40) == rows[0][-1])  # noqa: E731
-    for extra in ({}, {"adjust": adjust}, {"stop": [1, 2, 3]}):
+    process = lambda logits, rows: logits - 100 * (torch.arange(40) == rows[0][-1])  # noqa: E731
+    for extra in ({}, {"processors": [process]}, {"stop": [1, 2, 3]}):
         ours, plain = (list(generate(m, torch.tensor(prompt), 19, generator=seeded(3), **how, **extra))
                        for m in (model, no_cache(model)))
         assert ours == plain

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from llm_course.generate.sampling import chi_square, filter_logits, last_logits, sample_token
-from llm_course.generate.write import generate, penalise, sample_batch
+from llm_course.generate.steer import penalise
+from llm_course.generate.write import generate, sample_batch
 from llm_course.model.gpt import GPT, GPTConfig
 
 
@@ -102,16 +103,16 @@ def test_stop_token_ends_each_row_on_its_own(other):
     assert cut.stopped.tolist() == [stop in full for full in free]
 
 
-def test_adjust_sees_the_text_so_far(model, other):
+def test_processors_see_the_text_so_far(model, other):
     def never_again(logits, rows):
         return penalise(logits, rows, presence=math.inf)
     g = torch.Generator().manual_seed(0)
     for writer in (model, other):
-        text = list(generate(writer, [0], 39, adjust=never_again, generator=g))
+        text = list(generate(writer, [0], 39, processors=[never_again], generator=g))
         assert sorted(text) == list(range(1, 40))
-    for text in sample_batch(other, [[0], [1]], 30, adjust=never_again, n=2).tokens:
+    for text in sample_batch(other, [[0], [1]], 30, processors=[never_again], n=2).tokens:
         assert len(set(text)) == 30
-    for text in sample_batch(model, [[0], [1, 2]], 30, stop=5, adjust=never_again, n=9).tokens:
+    for text in sample_batch(model, [[0], [1, 2]], 30, stop=5, processors=[never_again], n=9).tokens:
         assert len(set(text)) == len(text) <= 15
 
 

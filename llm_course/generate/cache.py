@@ -39,7 +39,7 @@ class KVCache:
         self.last = torch.zeros(last, **like)  # what the next position reads from the one before
         self.pads = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         self.padded, self.filled = False, 0    # are there any? and how many positions are in use
-        self.steps = None    # blocks in another form, see `lean_block`
+        self.steps = None    # blocks in another form, see `lean_block`; by default as they are
 
     def nbytes(self) -> int:
         "Memory in bytes."
@@ -179,11 +179,12 @@ def prefill(
     prompts: list[list[int]],         # B token lists, of any lengths from 1
     room: int,                        # How many positions must fit besides
     dtype: torch.dtype | None = None, # Number type of the cache; by default the model's
+    steps: list | None = None,        # Blocks in another form, see `lean_block`
 ) -> tuple[Tensor, KVCache]:          # What follows each, (B, V), and the memory of them
     "Read prompts of different lengths together, padded on the left."
     longest = max(map(len, prompts))
     cache = KVCache(model, len(prompts), longest + room, dtype)
     pads = [longest - len(prompt) for prompt in prompts]
-    cache.pads, cache.padded = cache.pads.new_tensor(pads), any(pads)
+    cache.pads, cache.padded, cache.steps = cache.pads.new_tensor(pads), any(pads), steps
     tokens = cache.pads.new_tensor([[0] * n + prompt for n, prompt in zip(pads, prompts)])
     return cache.read(tokens)[:, -1], cache
