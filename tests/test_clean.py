@@ -225,6 +225,7 @@ def test_a_full_disk_says_so_and_keeps_what_is_done(warc, undisturbed, tmp_path,
     assert checksums(tmp_path / "out") == checksums(undisturbed)
 
 
+@pytest.mark.slow
 def test_on_a_cluster_whose_worker_is_killed(warc, undisturbed, tmp_path):
     distributed = pytest.importorskip("distributed")
     cluster = distributed.LocalCluster(

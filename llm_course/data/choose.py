@@ -54,7 +54,7 @@ class LanguageGuesser:
 
     def guess(self, text: str) -> str:
         "The language under which the text is the least surprising."
-        start = text[:2000]
+        start = text[:1000]
         return min(self.models, key=lambda name: self.models[name].nats(start))
 
 # %% ../../nbs/14_data.choose.ipynb #7ea31d61

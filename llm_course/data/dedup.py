@@ -9,6 +9,7 @@ __all__ = ['text_key', 'first_copies', 'drop_repeated_lines', 'shingle_hashes', 
 # %% ../../nbs/15_data.dedup.ipynb #cadb82dd
 import hashlib, re
 from collections import Counter
+from functools import lru_cache
 from typing import Iterable, Iterator
 import numpy as np
 
@@ -73,11 +74,12 @@ def shingle_hashes(
     if len(words) < n:
         words += [""] * (n - len(words))
     numbers = np.fromiter(map(_NUMBERS.__getitem__, words), np.uint64, len(words))
-    key = np.zeros(len(words) - n + 1, np.uint64)
-    for i in range(n):
-        key = (key ^ numbers[i:len(words) - n + 1 + i]) * np.uint64(0x9E3779B97F4A7C15)
-        key ^= key >> np.uint64(29)
-    return key
+    key = numbers[:len(words) - n + 1].copy()
+    for i in range(1, n):
+        key *= np.uint64(0x9E3779B97F4A7C15)
+        key += numbers[i:len(words) - n + 1 + i]
+    key ^= key >> np.uint64(32)
+    return key * np.uint64(0xD6E8FEB86659FD93)
 
 def jaccard_similarity(
     a: np.ndarray, # From `shingle_hashes`
@@ -99,16 +101,17 @@ class MinHasher:
     ):
         rng = np.random.default_rng(seed)
         self.n = n
-        draw = lambda: rng.integers(0, 1 << 63, (n_hashes, 1), np.uint64)
-        self.factors, self.shifts = draw() * np.uint64(2) + np.uint64(1), draw()
+        draw = lambda: rng.integers(0, 1 << 31, (n_hashes, 1), np.uint32)
+        self.factors, self.shifts = draw() * np.uint32(2) + np.uint32(1), draw()
 
     def sign(self, text: str) -> np.ndarray:
         "The signature of a text: `n_hashes` numbers of 32 bits."
-        groups = np.unique(shingle_hashes(text, self.n))
+        groups = (shingle_hashes(text, self.n) >> np.uint64(32)).astype(np.uint32)
         least = np.full(len(self.factors), 0xFFFFFFFF, np.uint32)
         for i in range(0, len(groups), 2000):  # a long text takes no more memory than a short one
-            mixed = (groups[None, i:i + 2000] * self.factors + self.shifts) >> np.uint64(32)
-            np.minimum(least, mixed.min(1).astype(np.uint32), out=least)
+            mixed = groups[None, i:i + 2000] * self.factors
+            mixed += self.shifts
+            np.minimum(least, mixed.min(1), out=least)
         return least
 
     def sign_all(self, texts: Iterable[str]) -> np.ndarray:
@@ -180,12 +183,12 @@ def similar_pairs(
     n: int = 5,              # Words in a group
 ) -> Iterator[tuple[int, int]]: # Those that are really similar
     "Look at each candidate's texts."
-    last, groups = -1, None
-    for a, b in pairs:
-        if a != last:
-            last, groups = a, shingle_hashes(text_of(a), n)
-        if jaccard_similarity(groups, shingle_hashes(text_of(b), n)) >= threshold:
-            yield int(a), int(b)
+    groups_of = lru_cache(4096)(lambda i: np.unique(shingle_hashes(text_of(i), n)))
+    for a, b in pairs.tolist():
+        one, two = groups_of(a), groups_of(b)
+        both = len(np.intersect1d(one, two, assume_unique=True))
+        if both >= threshold * (len(one) + len(two) - both):
+            yield a, b
 
 # %% ../../nbs/15_data.dedup.ipynb #0900feaf
 def near_copies(
@@ -194,9 +197,12 @@ def near_copies(
     bands: int = 20,         # Bands of a signature of 120 numbers
 ) -> list[int]:              # For each document, the first one of its cluster; perhaps itself
     "Which documents are nearly the same as an earlier one."
-    signatures = MinHasher().sign_all(texts)
+    first = first_copies(texts)
+    different = sorted(set(first))  # equal texts need to be looked at only once
+    signatures = MinHasher().sign_all(texts[i] for i in different)
     pairs = candidate_pairs(band_keys(signatures, bands))
-    return find_clusters(len(texts), similar_pairs(pairs, texts.__getitem__, threshold))
+    near = similar_pairs(np.array(different)[pairs], texts.__getitem__, threshold)
+    return find_clusters(len(texts), [*enumerate(first), *near])
 
 # %% ../../nbs/15_data.dedup.ipynb #43766437
 class Contamination:
