@@ -68,7 +68,7 @@ def certificate_page(
     how = "llm-course progress --verify FILE compares this page with the record it was made from."
     lead = f"{number} of the {len(every)} exercises of llm-course, passed by {day}."
     return Report(title=name, lead=lead, parts=[
-        ("Passed", "Each was checked on cases that the learner had not seen.",
+        ("Passed", "Each was checked by the course, on the learner's own computer.",
          _claims_table(claims)), ("Seal", how, seal)]).html()
 
 # %% ../nbs/96a_certificate.ipynb #b3da9452

@@ -153,7 +153,7 @@ def slides_page(
     for cell in cells:
         if cell["cell_type"] == "markdown":
             text = re.sub(r"\]\((?!https?:)[^)]*\)", "](#)", source_of(cell))
-            slides.append(markdown(text))
+            slides.append(re.sub(r'<a class="anchor-link".*?</a>', "", markdown(text)))
         elif slides:
             slides[-1] += _cell_html(cell)
     body = "".join(f"<section>{slide}</section>" for slide in slides)

@@ -309,11 +309,13 @@ def count_mistakes(
 def _bars(counts: Counter) -> str:
     "A bar for each thing that happened, the frequent first."
     total = sum(counts.values())
-    rows = "".join(
-        f'<tr><td style="width:12rem"><div role="img" aria-label="{n} of {total}" style="height:'
-        f".9rem;width:{100 * n / total:.0f}%;min-width:2px;background:var(--c"
-        f'{2 if what == "passed" else 1})"></div></td><td>{n}</td><td>{html.escape(what)}</td></tr>'
-        for what, n in counts.most_common())
+    rows = ""
+    for what, n in counts.most_common():
+        colour = "var(--c2)" if what == "passed" else "var(--c1)"
+        bar = f"height:.9rem;width:{100 * n / total:.0f}%;min-width:2px;background:{colour}"
+        rows += (f'<tr><td style="width:12rem"><div role="img" aria-label="{n} of {total}" '
+                 f'style="{bar}"></div></td><td>{n}</td>'
+                 f'<td style="text-align:left">{html.escape(what)}</td></tr>')
     return f"<table>{rows}</table>"
 
 # %% ../nbs/96d_grade.ipynb #3a89ac49
