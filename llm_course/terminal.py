@@ -6,7 +6,7 @@
 __all__ = ['error_line', 'is_first_process', 'exit_code', 'plain_errors', 'ProgressBar', 'continue_command', 'run_with_progress']
 
 # %% ../nbs/97b_terminal.ipynb #50d7be04
-import functools, os, signal, sys
+import atexit, functools, os, signal, sys
 from pathlib import Path
 from typing import Callable
 import typer
@@ -124,6 +124,7 @@ def run_with_progress(
         work(ProgressBar() if sys.stdout.isatty() and is_first_process() else Reporter())
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever presses it five times is heard once
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # while torch says goodbye
         if isinstance(error.__context__, ConnectionError):
             raise error.__context__ from None  # torchrun ends us since another process is gone
         if is_first_process():

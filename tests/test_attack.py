@@ -316,3 +316,97 @@ def test_a_tokenizer_of_another_model_is_said_when_they_are_opened(run_copy, voc
     text = (run_copy.parent / "x.txt", "".join(f"The cat saw {n} mice and owls.\n" for n in range(400)))[1]
     BPETokenizer.train([text], vocab_size).save(run_copy / "tokenizer.bpe")
     sentences(run_copy, "chat", "eval", "report", names=["tokenizer.bpe has"])
+
+
+# --- What nobody saw ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("option, value", [("--temperature", "nan"), ("--temperature", "inf"), ("--temperature", "-1"),
+                                           ("--tokens", "0"), ("--seed", str(2**70)), ("--seed", "-1")])
+def test_a_number_that_no_model_can_write_with_is_an_error_and_no_answer(option, value):
+    result = command("chat", option, value)
+    assert result.exit_code == 2 and option.strip("-") in result.output and result.output.count("\n") == 1
+
+
+def test_a_token_that_was_flipped_on_the_disk_is_not_trained_on(run_copy):
+    facts = json.loads((run_copy / "stages.json").read_text(encoding="utf-8"))
+    del facts["model"]
+    (run_copy / "stages.json").write_text(json.dumps(facts), encoding="utf-8")
+    path = run_copy / "tokens" / "train" / "00000.bin"
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    result = command("train", "--out", run_copy)
+    assert result.exit_code == 2 and "00000.bin is damaged: its checksum differs" in result.output, result.output
+
+
+def test_a_run_folder_that_is_removed_meanwhile_is_an_error(finished, tmp_path, monkeypatch):
+    (tmp_path / "remover.py").write_text("import shutil\n\n\ndef remove(row):\n    shutil.rmtree('run')\n",
+                                         encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = command("train", "--data", finished.parent / "book.txt", "--out", "run", "--preset", "tiny", "--layers", 1,
+                     "--width", 32, "--context", 64, "--batch-size", 8, "--steps", 10, "--device", "cpu",
+                     "--vocab-size", 300, "--tracker", "remover:remove")
+    assert result.exit_code == 2 and "Talk to it" not in result.output, result.output
+    assert "Traceback" not in result.output
+
+
+@posix
+def test_five_times_ctrl_c_is_heard_once_and_closed_streams_are_no_traceback(tmp_path):
+    (tmp_path / "book.txt").write_text("".join(f"The cat saw {n} mice.\n" for n in range(400)), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    program = [sys.executable, "-m", "llm_course"]
+    words = ["train", "--data", "book.txt", "--out", "run", "--preset", "tiny", "--layers", "1", "--width", "32",
+             "--steps", "400", "--device", "cpu", "--vocab-size", "300"]
+    process = subprocess.Popen([*program, *words], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("run/checkpoints/*.safetensors")):
+        time.sleep(0.01)
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.03)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert err.count("nothing is lost. Continue with: llm-course train --out run") == 1
+    for closed in ("<&-", ">&-"):
+        line = f"{sys.executable} -m llm_course chat run --device cpu --tokens 3 {closed} </dev/null"
+        result = subprocess.run(line if closed == ">&-" else line.removesuffix("</dev/null"), shell=True, cwd=tmp_path,
+                                env=environment, capture_output=True, text=True, timeout=60)
+        assert "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("n", [1, 3, 10, 50, 500, 5000])
+def test_few_conversations_cost_no_more_than_many(n):
+    from llm_course.pipeline.assistant import _SHARE, _sft_budget
+    chats, stories = [[0] * 40] * n, [[0] * 250] * 600
+    repeat, kept, passes = _sft_budget(chats, stories, pretrained=500_000)
+    read = passes * (40 * n * repeat + 250 * kept)
+    assert read <= _SHARE * 500_000 and repeat * n * passes >= min(640, 4 * n), (read, repeat, kept, passes)
+
+
+@pytest.mark.parametrize("name", [".", "/", "\0", "x" * 300, "~", "no/such\0folder/x", "", "/proc/x"])
+def test_a_name_that_no_disk_takes_does_not_end_the_talk(name, tmp_path, monkeypatch):
+    from llm_course.conversation import Conversation
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    talk = Conversation(None)
+    talk.messages = [{"role": "user", "content": "Hi"}]
+    said = talk.obey(f"/save {name}")
+    assert said.startswith("not saved: ") or name == "" and said == "saved: talk.jsonl"
+    assert not list((tmp_path / "home").iterdir()) and talk.messages
+
+
+def test_what_a_terminal_would_obey_is_shown_as_marks(tmp_path, run_copy):
+    evil = tmp_path / "\x1b[31mrun\x07"
+    run_copy.rename(evil)
+    (evil / "model.safetensors").unlink()
+    for words in ("eval", "report", "chat"):
+        result = command(words, evil, "--device", "cpu")
+        assert "\x1b" not in result.output and "\x07" not in result.output and "\u241b[31mrun\u2407" in result.output
+
+
+def test_no_duration_is_measured_by_a_clock_that_may_be_set_back():
+    package = Path(__file__).resolve().parent.parent / "llm_course"
+    for path in package.rglob("*.py"):
+        assert "time.time()" not in path.read_text(encoding="utf-8"), path

@@ -397,6 +397,9 @@ def test_what_a_folder_holds_is_said_by_ending_and_count(tmp_path):
     found = files.find_texts(tmp_path)
     assert str(found).startswith("3 files (2 .txt, 1 .rst.gz); left out: 2 .png, ")
     assert found.left_out == {".png": 2, "without ending": 1, ".tar.gz": 1}
+    for n in range(15):
+        (tmp_path / f"x.odd{n}").touch()
+    assert str(files.find_texts(tmp_path)).endswith(" 1 .odd8, 6 of 6 other kinds")
 
 
 def test_a_few_tables_without_the_column_are_left_out_of_a_folder_and_counted(tmp_path):

@@ -258,7 +258,11 @@ class TextFiles(NamedTuple):
     def __str__(self) -> str:
         "By ending and count, for people."
         read = Counter(_ending(path) for path in self.files)
-        say = lambda counts: ", ".join(f"{n:,} {kind}" for kind, n in counts.most_common(12))
+
+        def say(counts):
+            shown = [f"{n:,} {kind}" for kind, n in counts.most_common(12)]
+            rest = sum(counts.values()) - sum(n for _, n in counts.most_common(12))
+            return ", ".join(shown + [f"{rest:,} of {len(counts) - 12} other kinds"] * (rest > 0))
         left = f"; left out: {say(self.left_out)}" if self.left_out else ""
         return f"{len(self.files):,} files ({say(read)}){left}"
 
