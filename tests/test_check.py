@@ -141,6 +141,24 @@ def test_two_mistakes_with_equal_numbers_are_both_possible():
     assert any("apart" in words for words in ex.verify())
 
 
+def test_a_crash_in_a_few_cases_takes_no_name_away():
+    cases = [([1, 2],), ([3],), ([4, 4, 8],), ([],)]
+    wrong = {"divided by one more": lambda xs: sum(xs) / (len(xs) + 1)}
+    ex = Exercise("mean", lambda xs: sum(xs) / max(1, len(xs)), cases, misconceptions=wrong)
+    assert ex.diagnose(lambda xs: sum(xs) / (len(xs) + 1) + 0 * xs[0]).diagnosis
+    assert ex.diagnose(lambda xs: xs[9]).diagnosis is None
+    assert ex.diagnose(lambda xs: sum(xs) / len(xs)).diagnosis is None  # right where it answers
+
+
+def test_tensors_are_drawn_and_always_the_same():
+    drawn = [
+        Exercise("sum", torch.sum, [(torch.ones(2),)], more=lambda rng: [(rng.tensor(2, 3),)])
+        for _ in range(2)
+    ]
+    first, second = (ex.cases[1][0] for ex in drawn)
+    assert first.shape == (2, 3) and torch.equal(first, second)
+
+
 def test_several_programs_may_have_one_name():
     ex = Exercise(
         "the middle", lambda xs: xs[1:-1], [([1, 2, 3],), ([4, 5],)],
