@@ -270,3 +270,12 @@ def test_faults_of_a_finished_site_are_found(tmp_path):
     write(tmp_path / "e.css", "@import url(https://fonts.example/x);")
     write(tmp_path / "f.html", '<script src="https://cdn.example/jquery.js"></script>')
     assert len(list(pages.site_faults(tmp_path))) == 4
+
+
+def test_terms_name_lessons_that_exist():
+    glossary = Glossary.read(ROOT / "site" / "glossary.md")
+    assert len(glossary.meanings) > 60
+    for term, (_, meaning) in glossary.meanings.items():
+        said = re.search(r"(?:Lessons?|Engine room) ([\w, ]+)\.$", meaning)
+        numbers = re.findall(r"\d\d[a-z]?", said[1]) if said else []
+        assert set(numbers) <= COURSE.by_number.keys(), f"{term}: no notebook {numbers}"
