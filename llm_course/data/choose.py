@@ -29,10 +29,10 @@ class LetterModel:
 
     def _groups(self, text: str):
         "For each order, where the group that ends at each byte is counted, and the one before it."
-        bytes_ = np.frombuffer(f"    {text.lower()}".encode("utf-8", "replace"), np.uint8)
-        bytes_, key = bytes_.astype(np.uint32), np.zeros(0, np.uint32)
-        at = lambda back: bytes_[4 - back:len(bytes_) - back]
-        key = np.zeros(len(bytes_) - 4, np.uint32)
+        padded = (" " * self.n + text.lower()).encode("utf-8", "replace")
+        bytes_ = np.frombuffer(padded, np.uint8).astype(np.uint32)
+        at = lambda back: bytes_[self.n - back:len(bytes_) - back]
+        key = np.zeros(len(bytes_) - self.n, np.uint32)
         for order in range(self.n):  # the letters before, one more each time, hashed to 16 bits
             yield (key * 257 + at(0)) * np.uint32(2654435761) >> 16, key * np.uint32(40503) >> 16
             key = (key + at(order + 1) + 1) * np.uint32(2654435761)
