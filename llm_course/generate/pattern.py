@@ -52,7 +52,7 @@ def can_end(
         return any(map(can_end, pattern[1]))
     return kind in ("empty", "often")
 
-# %% ../../nbs/52a_generate.pattern.ipynb #77cf986d
+# %% ../../nbs/52a_generate.pattern.ipynb #a910b805
 @lru_cache(maxsize=100_000)
 def after_byte(
     pattern: tuple, # What is wanted
@@ -93,7 +93,7 @@ _BEYOND_ASCII = _either(
     _span(0xED, 0xED, 2, 0x80, 0x9F), _span(0xEE, 0xEF, 2), _span(0xF0, 0xF0, 3, 0x90),
     _span(0xF1, 0xF3, 3), _span(0xF4, 0xF4, 3, 0x80, 0x8F))
 
-# %% ../../nbs/52a_generate.pattern.ipynb #9494b0df
+# %% ../../nbs/52a_generate.pattern.ipynb #d79bad3d
 def _letters(chosen: set, beyond: bool = False, but: bool = False) -> tuple:
     "One of the chosen letters, and of all beyond ASCII if so said; or any but them."
     ascii_ = {ord(c) for c in chosen if c.isascii()}
@@ -147,7 +147,7 @@ def row(self: _Reader) -> tuple:
         pattern = _then(part, pattern)
     return pattern
 
-# %% ../../nbs/52a_generate.pattern.ipynb #de6c79db
+# %% ../../nbs/52a_generate.pattern.ipynb #6870ff0c
 @patch
 def single(self: _Reader) -> tuple:
     "A letter, a set, or a group."
@@ -182,7 +182,7 @@ def escaped(self: _Reader) -> set:
         return {_SPOKEN.get(c, c)}
     raise self.wrong(f"\\{c} is not known here")
 
-# %% ../../nbs/52a_generate.pattern.ipynb #212c4673
+# %% ../../nbs/52a_generate.pattern.ipynb #a09c7504
 @patch
 def letter_set(self: _Reader) -> tuple:
     "The inside of [...]."
@@ -204,7 +204,7 @@ def letter_set(self: _Reader) -> tuple:
     self.take()
     return _letters(chosen, beyond, bool(but))
 
-# %% ../../nbs/52a_generate.pattern.ipynb #fefe5573
+# %% ../../nbs/52a_generate.pattern.ipynb #2ace3ddd
 @patch
 def repeated(
     self: _Reader,
@@ -258,7 +258,7 @@ def pattern_of(
     answers = list(answers)
     if not answers:
         raise ValueError("the list of answers is empty: nothing could be said")
-    return "|".join(map(re.escape, answers))
+    return "|".join(re.escape(answer).replace("\\ ", " ") for answer in answers)
 
 def expand_grammar(
     rules: dict[str, str], # Name -> pattern, in which {name} is another rule

@@ -368,15 +368,12 @@ def _take(self: TextGenerator, i: int, token: int, log_prob: float | None) -> No
     text.tokens.append(token)
     if log_prob is not None:
         text.log_probs.append(log_prob)
-    if token in text.stops:
-        text.ended = "stop"
-    elif len(text.tokens) >= text.max_new_tokens:
-        text.ended = "length"
-    elif self.remembers:
-        over = len(text.prompt) - text.cut + len(text.tokens) - longest
-        if not text.options.forget:
-            text.ended = "context" if over >= 0 else ""
-        elif over > 0 and (over - 1) % (longest - (longest // 2 or 1) + 1) == 0:
+    over = len(text.prompt) - text.cut + len(text.tokens) - longest if self.remembers else -1
+    full = "context" if over >= 0 and not text.options.forget else ""
+    long = "length" if len(text.tokens) >= text.max_new_tokens else full
+    text.ended = text.ended or ("stop" if token in text.stops else long)  # or it was cancelled
+    if not text.ended and text.options.forget:
+        if over > 0 and (over - 1) % (longest - (longest // 2 or 1) + 1) == 0:
             self.rows[i] = None  # its memory is full: it comes in again with its newer half
             self.waiting.appendleft(text)
 
