@@ -86,10 +86,11 @@ def is_solution(
     cell: dict, # Of a notebook
 ) -> bool:
     "Does a cell hold the solution of an exercise?"
-    code = cell["cell_type"] == "code"
-    return code and (source_of(cell).startswith('#| code-summary: "A solution')
-                     or ".check_solution(" in source_of(cell)
-                     and "#| export" not in source_of(cell))
+    source = source_of(cell)
+    folded = re.match(r"(#\|.*\n)*#\| code-fold: true", source)
+    return cell["cell_type"] == "code" and (
+        source.startswith('#| code-summary: "A solution')
+        or bool(folded) and ".check_solution(" in source)
 
 def _names(source: str, kinds: tuple) -> set:
     "Names that a cell reads (`ast.Load`) or makes at its top (`ast.Store`)."

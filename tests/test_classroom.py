@@ -1,6 +1,7 @@
 """What a class gets: no solution leaks, and the checks still say which mistake was made."""
 
 import ast
+import dis
 import json
 import re
 from pathlib import Path
@@ -91,6 +92,34 @@ def test_the_exercises_of_the_copy_still_diagnose(lesson, copies):
             exercise.check(program)
         assert failed.value.diagnosis == mistake
         assert exercise.diagnose(exercise.reference) is None
+
+
+def operands(code, kinds: set) -> set:
+    "The names that instructions of these kinds have, those of inner functions included."
+    inner = [operands(c, kinds) for c in code.co_consts if hasattr(c, "co_code")]
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in kinds}
+    return own.union(*inner)
+
+
+def names(cells) -> tuple:
+    "(names that code cells make for others, names that they read and do not make themselves)"
+    made, read = set(), set()
+    for source in cells:
+        plain = re.sub(r"^[%!].*$", "", source, flags=re.M)
+        code = compile(plain, "cell", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        made |= operands(code, {"STORE_NAME", "STORE_GLOBAL"})
+        read |= operands(code, {"LOAD_NAME", "LOAD_GLOBAL"})
+    return made, read
+
+
+@EVERY
+def test_the_copy_makes_every_name_that_it_uses(lesson, copies):
+    "What a dropped cell made, no cell that is left needs."
+    cells = json.loads(copies[lesson.path.name])["cells"]
+    copy = [classroom.source_of(c) for c in cells if c["cell_type"] == "code"]
+    made, read = names(copy)
+    original, _ = names(cell.source for cell in lesson.code_cells)
+    assert not (read & original) - made
 
 
 def test_solution_is_refused(capsys):
