@@ -48,13 +48,15 @@ _NO_TEXT = set("script style template noscript svg form button select iframe nav
 _BLOCK = set("p div ul ol table tr td th section article main header body html blockquote center "
              "dl dd pre figure".split())
 _NAMES = re.compile(r"\b(nav|menu|cookie|banner|ads?|advert|footer|sidebar|share|related)", re.I)
+_CONTENT = re.compile("content|main|article|body|text", re.I)  # "nav-content" is no menu
 _LINES = _BLOCK | set("li br hr h2 h3 h4 h5 h6 dt".split())
 
 class _Boxes(HTMLParser):
     "Collects lines of text by the box in which they stand; those in boilerplate are left out."
-    def __init__(self):
+    def __init__(self, names: bool):
         super().__init__()
         self.open, self.boxes, self.line, self.count = [("html", 0, False)], {}, [], 0
+        self.names = names  # believe what class names say?
 
     def end_line(self):
         text = " ".join("".join(self.line).split())
@@ -76,7 +78,8 @@ def _start(self, tag, attrs):
         self.open.pop()  # the last one was never closed
     if tag not in _VOID:
         named = " ".join(value or "" for name, value in attrs if name in ("class", "id", "role"))
-        hidden = self.open[-1][2] or tag in _NO_TEXT or tag != "body" and bool(_NAMES.search(named))
+        menu = tag != "body" and _NAMES.search(named) and not _CONTENT.search(named)
+        hidden = self.open[-1][2] or tag in _NO_TEXT or self.names and bool(menu)
         self.count += 1
         self.open.append((tag, self.count, hidden))
 
@@ -92,12 +95,10 @@ def _end(self, tag):
 _Boxes.handle_starttag, _Boxes.handle_endtag = _start, _end
 
 # %% ../../nbs/11_data.collect.ipynb #9e47ef71
-def page_text(
-    body: bytes | str, # HTML
-) -> str:              # Its main text, a paragraph a line
-    "Take the text out of a page; menus, adverts and the title stay behind."
-    parser = _Boxes()
-    parser.feed(body if isinstance(body, str) else decode_page(body))
+def _main_text(page: str, names: bool) -> str:
+    "The lines of the box with the most words, and of every box with a long paragraph."
+    parser = _Boxes(names)
+    parser.feed(page)
     parser.close()
     parser.end_line()
     words = lambda lines: sum(len(line.split()) for line in lines)
@@ -105,6 +106,17 @@ def page_text(
     kept = [lines for n, lines in parser.boxes.items()
             if n == best or any(len(line.split()) >= 40 for line in lines)]
     return "\n".join(line for lines in kept for line in lines)
+
+def page_text(
+    body: bytes | str, # HTML
+) -> str:              # Its main text, a paragraph a line
+    "Take the text out of a page; menus, adverts and the title stay behind."
+    page = body if isinstance(body, str) else decode_page(body)
+    text = _main_text(page, names=True)
+    if len(text) < 200:  # perhaps the whole page stands in a box called "grid-for-nav"
+        other = _main_text(page, names=False)
+        text = other if len(other) > 5 * len(text) else text
+    return text
 
 # %% ../../nbs/11_data.collect.ipynb #780380a8
 def data_card(

@@ -145,7 +145,8 @@ def band_keys(
     bands: int,             # How many; must divide the number of hashes
 ) -> np.ndarray:            # (documents, bands), 64 bits
     "One number for each band of each signature."
-    cut = signatures.reshape(len(signatures), bands, -1).astype(np.uint64)
+    documents, hashes = signatures.shape
+    cut = signatures.reshape(documents, bands, hashes // bands).astype(np.uint64)
     keys = np.zeros(cut.shape[:2], np.uint64)
     for i in range(cut.shape[2]):
         keys = (keys ^ cut[:, :, i]) * np.uint64(0x9E3779B97F4A7C15)
