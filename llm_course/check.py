@@ -480,7 +480,8 @@ def _case_text(self: Exercise, i: int, outcome: _Outcome) -> str:
     if outcome.where:
         lines.append(f"  in {outcome.where}")
     differs = self._differs(i, outcome)
-    single = differs.startswith("expected") and len(outcome.words) < 40
+    text = isinstance(outcome.value, (str, bytes)) and outcome.value[2:]
+    single = differs.startswith("expected") and not text
     if not outcome.error and differs and (not single or lines[-1][11:] == lines[-2][11:]):
         lines.append(f"  {differs}")
     if outcome.printed.strip():

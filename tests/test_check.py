@@ -548,9 +548,9 @@ def test_a_check_is_quick():
     for fn in (lambda x: x.softmax(-1), lambda x: x.softmax(-1) * 3):
         best = math.inf
         for _ in range(5):
-            begin = time.perf_counter()
+            begin = time.process_time()
             ex.diagnose(fn)
-            best = min(best, time.perf_counter() - begin)
+            best = min(best, time.process_time() - begin)
         assert best < 0.05
 
 
