@@ -36,8 +36,7 @@ outputs: $(READY)
 	$(SPIN) $(BIN)/python tools/lessons.py --store
 
 checkpoint: $(READY)
-	$(SPIN) $(BIN)/python benchmarks/world_floor.py --seconds 480 --seeds 1 --stories 100000 \
-	  --save llm_course/assets
+	$(SPIN) $(BIN)/python benchmarks/world_floor.py --tokens 15 --seeds 1 --save llm_course/assets
 	$(SPIN) $(BIN)/python experiments/sft.py --save llm_course/assets
 	$(SPIN) $(BIN)/python experiments/reward.py --save llm_course/assets
 	$(SPIN) $(BIN)/python experiments/align.py --save llm_course/assets

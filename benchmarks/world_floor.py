@@ -2,13 +2,13 @@
 
     python benchmarks/world_floor.py [--tokens 2] [--seeds 3] [--threads 2] [--save FOLDER]
 
-A tokenizer is trained on some stories of the world and on what its people say, and a GPT in the course's default style, with
-the course's training loop and default settings, on others, each of which it sees once. Tokens are
-what a loss costs, on any machine; the seconds are those of training alone, for information. Model
-and world give their loss on the same unseen stories; the difference is the excess over the floor,
-which no model can beat. It is shown after each quarter of the tokens: on the way the learning
-rate is still high, so the figures there are higher than those of a run that ends there.
---save keeps the tokenizer and the best of the models, in bfloat16.
+A tokenizer is trained on some stories of the world and on what its people say, and a GPT in the
+course's default style, as `llm-course build` trains it by default, on others, each of which it sees
+once. Tokens are what a loss costs, on any machine; the seconds are those of training alone, for
+information. Model and world give their loss on the same unseen stories; the difference is the
+excess over the floor, which no model can beat. It is shown after each quarter of the tokens: on
+the way the learning rate is still high, so a run that ends there does better. --save keeps the
+tokenizer and the best of the models, in bfloat16.
 
 The last line is JSON; `value` is the median excess of the seeds after all tokens, in nats per
 token, and the bar is 0.02.
@@ -28,13 +28,21 @@ from llm_course.data.shards import memory_shards
 from llm_course.model.files import save_model
 from llm_course.model.gpt import GPT, GPTConfig, count_params
 from llm_course.tokens.bpe import BPETokenizer
-from llm_course.train.floor import floor_excess
+from llm_course.train.floor import floor_excess, shrink_embedding
 from llm_course.train.loop import TrainConfig, train
 from llm_course.train.transfer import rates_for_width, sizes_for_depth
 from llm_course.world import World
 from llm_course.world.talk import Talk
 
 VOCAB_SIZE, DEPTH, CONTEXT = 2880, 4, 224  # each word of stories and talk is one token
+
+
+def prepare(n_stories: int, n_unseen: int, vocab_size: int = VOCAB_SIZE) -> tuple:
+    "The world, a tokenizer of it, stories to train on and stories to judge by."
+    world = World(seed=0)
+    said = [" " + m["content"] for c in Talk(world).conversations(4000) for m in c]
+    tokenizer = BPETokenizer.train(world.sample(4000, seed=10) + said, vocab_size)
+    return world, tokenizer, world.sample(n_stories, seed=11), world.sample(n_unseen, seed=12)
 
 
 def run(seed: int, stories: list, tokenizer, world, unseen: list, args) -> tuple:
@@ -46,6 +54,7 @@ def run(seed: int, stories: list, tokenizer, world, unseen: list, args) -> tuple
     torch.manual_seed(seed)
     width, heads = args.d_model or size.d_model, args.n_heads or size.n_heads
     model = GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, width, args.n_layers, heads))
+    shrink_embedding(model)
     rates = rates_for_width(width) | {k: v for k, v in vars(args).items() if k[:2] == "lr" and v}
     looks, start = [], time.perf_counter()
 
@@ -78,11 +87,8 @@ def main():
     parser.add_argument("--save", type=Path, help="a folder for tokenizer and model")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    world = World(seed=0)
-    said = [" " + m["content"] for c in Talk(world).conversations(4000) for m in c]
-    tokenizer = BPETokenizer.train(world.sample(4000, seed=10) + said, args.vocab_size)
-    stories = world.sample(round(8000 * args.tokens), seed=11)  # each seen once, at most
-    unseen = world.sample(args.unseen, seed=12)
+    n_stories = round(8000 * args.tokens)  # each is seen once, at most
+    world, tokenizer, stories, unseen = prepare(n_stories, args.unseen, args.vocab_size)
     print("seed  steps M tokens  seconds   model   floor  excess")
     results = [run(seed, stories, tokenizer, world, unseen, args) for seed in range(args.seeds)]
     value = statistics.median(excesses[-1] for excesses, *_ in results)

@@ -321,3 +321,37 @@ def test_a_stopped_run_can_be_talked_to_evaluated_and_reported(tmp_path, monkeyp
     for nothing in (run, tmp_path / "nowhere"):
         output = call("report", nothing, "--device", "cpu", code=2)
         assert nothing.name in output and output.count("\n") == 1
+
+
+RECORDED = {  # tokens of pretraining and their seconds; those of fine-tuning, reward model, policy
+    "AVX512-bf16": (2.9e6, 105, 51 + 29 + 29),
+    "no bf16": (1.0e6, 105, 157 + 66 + 51),
+}
+
+
+@pytest.mark.parametrize("machine", RECORDED)
+def test_after_half_a_minute_the_forecast_of_the_whole_run_is_right(machine):
+    "A clock that goes as the recorded run went."
+    from llm_course.pipeline import assistant, pretrain
+    from llm_course.train.watch import QuietReporter
+    tokens, first, later = RECORDED[machine]
+    now, steps = [0.0], round(tokens / 2400)
+    share = sum(assistant._LIKE_READING.values()) / tokens
+    whole = pretrain.WholeRun(QuietReporter(), share, lambda: now[0])
+    forecasts = []
+    for step in range(steps):
+        now[0] = first * step / steps
+        if (left := whole.left(step, steps)) and now[0] >= 30:
+            forecasts.append((now[0] + left) / (first + later))
+    assert 0.75 < min(forecasts) and max(forecasts) < 1.25
+
+
+def test_the_forecast_goes_on_with_a_continued_run():
+    "What was done before the interruption took no time now."
+    from llm_course.pipeline import pretrain
+    from llm_course.train.watch import QuietReporter
+    now = [0.0]
+    whole = pretrain.WholeRun(QuietReporter(), 2.0, lambda: now[0])
+    assert whole.left(50, 100) is None
+    now[0] = 10.0
+    assert whole.left(60, 100) == 40 + 200

@@ -38,3 +38,23 @@ def test_a_cell_that_runs_only_once_is_caught(source, when, tmp_path):
     nbformat.write(notebook, path)
     result = run(path)
     assert result.returncode != 0 and when in result.stderr
+
+
+def test_a_lesson_that_trains_for_too_long_is_caught(tmp_path):
+    import nbformat
+
+    source = """
+import torch
+from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.train.loop import TrainConfig, train
+batch = torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), None
+train(GPT(GPTConfig(10, 8, 8, 1, 1)), iter([batch] * 3), TrainConfig(steps=3), watch=None)
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbformat.write(notebook, tmp_path / "lesson.ipynb")
+    code = f"import sys; sys.path.insert(0, {str(RUNNER.parent)!r}); import rerun; " \
+        f"from pathlib import Path; print(rerun.run_twice(Path({str(tmp_path / 'lesson.ipynb')!r}), %d))"
+    n = 6 * 3 * 16 * (2 * 10 * 8 + 4 * 8 * 8 + 2 * 4 * 8 * 8)  # steps, tokens, parameters
+    for most, found in ((n, ""), (n - 1, "trains for 0 billion operations, at most 0")):
+        result = subprocess.run([sys.executable, "-c", code % most], capture_output=True, text=True)
+        assert result.stdout.strip() == found, result.stderr[-2000:]

@@ -4,6 +4,8 @@
 
 A learner changes a cell and runs it again, and goes back to the top when lost: neither may fail
 because of what an earlier run left behind. What took longer than `QUICK` seconds is run once a pass.
+Seconds depend on the machine and on what else it does; so the first pass also counts what `Trainer`
+learns from, 6 operations for each token and parameter, and a lesson may take `WORK` of them.
 """
 
 import os
@@ -12,6 +14,7 @@ import time
 from pathlib import Path
 
 QUICK = 1
+WORK = 1000e9  # about ten seconds of one thread of a laptop
 
 
 def code_cells(path: Path) -> list:
@@ -26,9 +29,27 @@ def code_cells(path: Path) -> list:
     ]
 
 
-def run_twice(path: Path) -> str:
+def count_work() -> list:
+    "A list whose only number grows with each step that `Trainer` takes in this process."
+    from llm_course.model.gpt import count_params
+    from llm_course.train.loop import Trainer
+
+    work, step = [0], Trainer.take_step
+
+    def counted(trainer):
+        before = trainer.progress.tokens
+        result = step(trainer)
+        work[0] += 6 * count_params(trainer.model) * (trainer.progress.tokens - before)
+        return result
+
+    Trainer.take_step = counted
+    return work
+
+
+def run_twice(path: Path, most: float = WORK) -> str:
     "What went wrong; empty if nothing did."
     os.environ["IN_TEST"] = "1"
+    work = count_work()
     from execnb.shell import CaptureShell
 
     shell, quick = CaptureShell(path=path.parent), {}
@@ -41,6 +62,8 @@ def run_twice(path: Path) -> str:
                     when = f"pass {turn}" + ", run again at once" * again
                     return f"cell {key}, {when}: {type(error).__name__}: {error}\n{source}"
                 quick.setdefault(key, time.perf_counter() - start < QUICK)
+        if turn == 1 and work[0] > most:
+            return f"trains for {work[0] / 1e9:,.0f} billion operations, at most {most / 1e9:,.0f}"
     return ""
 
 

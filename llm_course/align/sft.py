@@ -68,7 +68,11 @@ class PackedGPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         "Logits (B, T, V), where each text sees only itself."
-        return self.model(tokens, (tokens == self.end_id).cumsum(dim=1))
+        return self.model(tokens, self.segments(tokens))
+
+    def segments(self, tokens: Tensor) -> Tensor:
+        "Which of its row's texts each token belongs to, (B, T)."
+        return (tokens == self.end_id).cumsum(dim=1)
 
 # %% ../../nbs/72_align.sft.ipynb #68bff4ef
 def render_story(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from .attention import attend, join_heads
 from .embedding import Rope
-from .gpt import GPT
+from .gpt import GPT, mark_segments
 
 # %% ../../nbs/33b_model.lean.ipynb #0dfd0f77
 def _told_nats(logits: Tensor, probs: Tensor, targets: Tensor) -> Tensor:
@@ -152,35 +152,45 @@ class _Rows:
         return x.view(B, T, -1)
 
 # %% ../../nbs/33b_model.lean.ipynb #fe7a1111
-def _lean_hidden(model: GPT, tokens: Tensor, rows: _Rows, dtype: torch.dtype) -> Tensor:
+def _lean_hidden(model: GPT, tokens: Tensor, rows: _Rows, dtype: torch.dtype,
+                 segments: Tensor | None = None) -> Tensor:
     "`model.hidden` of the positions that count, (N, C), in `dtype`."
+    mask, first, _ = mark_segments(segments)
+    starts = rows.starts if first is None else rows.flat(first).nonzero()[:, 0]
     eps, H = model.config.style.norm_eps, model.config.n_heads
     tables = _half_tables(model.position, tokens.shape[1], dtype)
     linear = lambda x, *layers: F.linear(x, torch.cat([m.weight for m in layers]).to(dtype))
     x = model.embed(rows.flat(tokens))
     for block in model.blocks:
         a, f = block.attention, block.feed_forward
-        y = linear(_NormShift.apply(x, rows.starts, eps, dtype), a.query, a.key, a.value)
+        y = linear(_NormShift.apply(x, starts, eps, dtype), a.query, a.key, a.value)
         q, k, v = _TurnedHeads.apply(rows.rows(y), *tables, H)
-        x = x + linear(rows.flat(join_heads(attend(q, k, v))), a.out)
-        y = linear(_NormShift.apply(x, rows.starts, eps, dtype), f.up)
+        x = x + linear(rows.flat(join_heads(attend(q, k, v, mask=mask))), a.out)
+        y = linear(_NormShift.apply(x, starts, eps, dtype), f.up)
         x = x + linear(_SquaredRelu.apply(y), f.down)
     return _NormShift.apply(x, None, eps, dtype)
 
 # %% ../../nbs/33b_model.lean.ipynb #be666ecf
+def _inner_gpt(model: nn.Module) -> nn.Module:
+    "The model that tells texts in a row apart, or the model itself."
+    return model.model if hasattr(model, "segments") else model
+
 def fits_lean(
     model: nn.Module,   # Any model
     dtype: torch.dtype, # Precision of its products
 ) -> bool:              # May its loss be computed by `lean_nats`?
     "A GPT as it was made, on a CPU, with nothing exchanged, wrapped or hooked."
-    if type(model) is not GPT or dtype == torch.float16 or model.embed.weight.device.type != "cpu":
+    gpt = _inner_gpt(model)
+    if type(gpt) is not GPT or dtype == torch.float16 or gpt.embed.weight.device.type != "cpu":
         return False
-    parts = list(model.modules())
+    parts = list(gpt.modules())
     watched = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
                   or m._backward_pre_hooks or "forward" in vars(m) for m in parts)
-    whole = all(p.dtype == torch.float32 for p in model.parameters())
-    return whole and not watched and type(model.head) is nn.Linear
+    whole = all(p.dtype == torch.float32 for p in gpt.parameters())
+    return whole and not watched and type(gpt.head) is nn.Linear
 
+
+# %% ../../nbs/33b_model.lean.ipynb #dcabac53
 def _course_like(model: GPT) -> bool:
     "Is it of the kind that `_lean_hidden` computes?"
     c, s = model.config, model.config.style
@@ -193,18 +203,21 @@ def _course_like(model: GPT) -> bool:
 
 # %% ../../nbs/33b_model.lean.ipynb #66de2afe
 def lean_nats(
-    model: GPT,         # One that `fits_lean`
+    model: nn.Module,   # One that `fits_lean`
     tokens: Tensor,     # (B, T)
     targets: Tensor,    # (B, T), -100 where they do not count
     dtype: torch.dtype = torch.float32, # Precision of the matrix products
 ) -> Tensor:            # In nats, over all targets that count; has a gradient
     "The sum of the cross-entropy: the loop's loss, with less traffic."
+    segments = model.segments(tokens) if hasattr(model, "segments") else None
+    model = _inner_gpt(model)
     if _course_like(model) and tokens.shape[1] <= model.config.context_length:
         rows = _Rows(targets)
-        hidden, wanted = _lean_hidden(model, tokens, rows, dtype), rows.flat(targets)
+        hidden, wanted = _lean_hidden(model, tokens, rows, dtype, segments), rows.flat(targets)
     else:
         with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
-            hidden, wanted = model.hidden(tokens).flatten(0, 1).to(dtype), targets.flatten()
+            hidden = model.hidden(tokens, segments).flatten(0, 1).to(dtype)
+        wanted = targets.flatten()
     told = wanted >= 0
     if not bool(told.all()):
         hidden, wanted = hidden[told], wanted[told]

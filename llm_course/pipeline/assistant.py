@@ -32,7 +32,7 @@ from ..guard import reads
 from ..model.files import load_model, save_model
 from ..model.gpt import GPT
 from .pretrain import (
-    BASE_STAGES, decode_documents, make_tokenizer, token_parts)
+    BASE_STAGES, WholeRun, decode_documents, make_tokenizer, token_parts)
 from .report import answers_html, grid_html, line_chart, report_phrases
 from .run import (
     Run, Settings, foreign_files, full_paths, read_json, run_stages, usual_folder, write_json)
@@ -160,6 +160,16 @@ def _checked_plan(run: Run, teaching: Teaching) -> dict:
     facts = BASE_STAGES["plan"](run)
     _check_lengths(run, teaching, facts["model"]["context_length"])
     return facts
+
+# %% ../../nbs/95d_pipeline.assistant.ipynb #7ee2b52f
+_LIKE_READING = {"sft": 1.1e6, "reward": 0.7e6, "policy": 0.7e6}  # tokens that take as long
+
+def _foretold_model(run: Run, teaching: Teaching) -> dict:
+    "Stage 4, with a forecast of all that follows; for conversations of your own, without."
+    if not teaching.chats == teaching.preferences == "world" or teaching.method == "dpo":
+        return BASE_STAGES["model"](run)
+    later = sum(_LIKE_READING.values()) / run.facts["plan"]["tokens"]
+    return BASE_STAGES["model"](replace(run, reporter=WholeRun(run.reporter, later)))
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #9014b2a3
 def _is_left_out(
@@ -290,7 +300,7 @@ def _sft_budget(
     passes = 1 if repeat > 1 else 4
     n_chat = repeat * sum(map(len, learn))
     length = sum(map(len, stories)) / max(1, len(stories)) or 1
-    kept = min(len(stories), max(16, int(most / 2 / length / passes)))
+    kept = min(len(stories), max(16, int(min(n_chat, most / 2 / passes) / length)))
     fewest = min(passes, _LOOKS / (repeat * len(learn)))
     return repeat, kept, min(passes, max(fewest, most / (n_chat + kept * length)))
 
@@ -304,6 +314,12 @@ def _tell_progress(
         run.reporter.progress(row["step"], trainer.config.steps or row["step"],
                               f"step {row['step']}  loss {row['train']:.3f}")
     return watch
+
+# %% ../../nbs/95d_pipeline.assistant.ipynb #06c8f345
+def _grades(teaching: Teaching, model: GPT, tokenizer: Tokenizer, n: int) -> dict:
+    "Grades, where the world's true reward is known."
+    return grade_assistant(model, tokenizer, n) if teaching.knows_world() else {}
+
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #517f2620
 def _plan_sft(run: Run, tokenizer: Tokenizer, learn: list, stories: list) -> tuple:
@@ -321,7 +337,7 @@ def _plan_sft(run: Run, tokenizer: Tokenizer, learn: list, stories: list) -> tup
 def sft_stage(
     run: Run,             # The run
     teaching: Teaching,   # What it learns from
-    n: int | None = None, # How many conversations at most
+    n: int | None = None, # How many conversations, and requests for the grades, at most
     **settings,           # For `train_sft`
 ) -> dict:                # Figures
     "Teach a base model to answer."
@@ -334,15 +350,14 @@ def sft_stage(
     before = _answer_loss(model, tokenizer, held)
     rows, stories, passes = _plan_sft(run, tokenizer, learn, _reminders(run, model, tokenizer))
     settings = settings if {"steps", "minutes"} & settings.keys() else {"epochs": passes} | settings
-    progress = train_sft(model, tokenizer, rows, stories=stories, seed=run.settings.seed,
-                         watch=_tell_progress(run), **settings,
-                         folder=run.folder / "checkpoints-sft")
+    settings |= {"seed": run.settings.seed, "watch": _tell_progress(run)}
+    progress = train_sft(model, tokenizer, rows, stories=stories,
+                         folder=run.folder / "checkpoints-sft", **settings)
     save_model(model, run.folder / "sft.safetensors")
     after = _answer_loss(model, tokenizer, held)
     run.reporter.say(f"sft         {progress.step} steps; held out {before:.3f} -> {after:.3f}")
-    grades = grade_assistant(model, tokenizer) if teaching.knows_world() else {}
-    return {"conversations": len(learn), "steps": progress.step, "before": before,
-            "after": after, **grades}
+    found = {"conversations": len(learn), "steps": progress.step, "before": before, "after": after}
+    return found | _grades(teaching, model, tokenizer, min(n or 400, 400))
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #860b205e
 def _comparisons(
@@ -423,7 +438,7 @@ def _follow_pairs(run: Run, model: GPT, tokenizer: Tokenizer, learn: list, held:
 def policy_stage(
     run: Run,           # The run
     teaching: Teaching, # What it learns from
-    n: int = _ASKED // 5,# How many prompts of the story world, for DPO
+    n: int = _ASKED // 5,# How many prompts for DPO, and requests for the grades
     **settings,         # For `train_policy` or `train_dpo`
 ) -> dict:              # Figures
     "Prefer what people prefer, without forgetting how to speak."
@@ -436,7 +451,7 @@ def policy_stage(
     else:
         history = _follow_reward(run, teaching, model, tokenizer, **settings)
     save_model(model, run.folder / "assistant.safetensors")
-    grades = grade_assistant(model, tokenizer) if teaching.knows_world() else {}
+    grades = _grades(teaching, model, tokenizer, n)
     right = [row["valid_accuracy"] for row in history if "valid_accuracy" in row][-1:]
     grown = [f"; the better of two held-out answers gained more in {x:.0%}" for x in right]
     earned = f"; true reward {grades['reward']:.2f}" if grades else ""
@@ -458,7 +473,7 @@ def assistant_stages(
         more = []
     names = {"tokenizer": _tokenizer_stage}
     if more:
-        names["plan"] = _checked_plan
+        names["plan"], names["model"] = _checked_plan, _foretold_model
     names |= {stage.__name__.removesuffix("_stage"): stage for stage in more}
     return {**BASE_STAGES, **{name: partial(stage, teaching=t) for name, stage in names.items()}}
 

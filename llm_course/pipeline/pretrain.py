@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['BASE_STAGES', 'split_texts', 'first_texts', 'open_parts', 'token_parts', 'make_tokenizer', 'count_passing',
-           'n_predictions', 'decode_documents', 'usual_training', 'pretrain']
+           'n_predictions', 'decode_documents', 'WholeRun', 'usual_training', 'pretrain']
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #1e9ff9cf
-import math, warnings
+import math, time, warnings
 from dataclasses import asdict, replace
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
+from ..core import patch
 from ..data.batches import held_out
 from ..data.files import find_texts, read_texts
 from ..data.shards import SHARDS_HEADER, Shards, document_boundaries, write_shards
@@ -24,7 +25,7 @@ from ..tokens.formats import read_ranks
 from ..tokens.text import CharTokenizer
 from ..train.plan import Machine, make_plan, read_plan, train_plan
 from ..train.transfer import round_to_power_of_two
-from ..train.watch import Reporter
+from ..train.watch import Reporter, format_duration
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #5634275f
 _FEW = 200  # with fewer documents than this, chance could hold back none, or most
@@ -284,6 +285,53 @@ def _model_stage(
     "Stage 4: train, and keep the best weights."
     return train_plan(read_plan(run.facts["plan"]), token_parts(run.folder, run.facts), run.folder,
                       run.machine, run.device, run.settings.seed, run.reporter, run.tracker)
+
+# %% ../../nbs/95c_pipeline.pretrain.ipynb #ea9d5402
+class WholeRun(Reporter):
+    "Tells of a stage, and adds how long this and the later ones will still take."
+    def __init__(
+        self,
+        reporter: Reporter, # Is told
+        later: float,       # How long the later stages take, over this one
+        clock: Callable = time.monotonic, # In seconds
+    ):
+        self.reporter, self.later, self.clock, self.begun = reporter, later, clock, None
+
+    def say(self, text: str) -> None:
+        "A line that matters."
+        self.reporter.say(text)
+
+    def close(self) -> None:
+        "The stage has ended."
+        self.reporter.close()
+
+
+# %% ../../nbs/95c_pipeline.pretrain.ipynb #c58b4833
+@patch
+def left(
+    self: WholeRun,
+    done: float,  # Of this stage
+    total: float, # All of it, in the same unit
+) -> float | None: # None before anything is done
+    "Seconds until the last stage ends."
+    now = self.clock()
+    self.begun = self.begun or (now, done)
+    if done > self.begun[1]:
+        each = (now - self.begun[0]) / (done - self.begun[1])
+        return each * (total - done + self.later * total)
+
+@patch
+def progress(
+    self: WholeRun,
+    done: float,  # Of this stage
+    total: float, # All of it
+    text: str,    # What else is to be said
+) -> None:
+    "A line of progress, with the forecast."
+    if seconds := self.left(done, total):
+        text = f"{text}, {format_duration(seconds)} until all is ready"
+    self.reporter.progress(done, total, text)
+
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #23677511
 BASE_STAGES = {"tokenizer": make_tokenizer, "tokens": _tokens_stage, "plan": _plan_stage,

@@ -26,6 +26,7 @@ from ..model.block import GPT2, LLAMA, Style
 from ..model.files import save_model
 from ..model.gpt import GPT, GPTConfig, count_params
 from .checkpoint import best_checkpoint, tensors_of_group, read_checkpoint
+from .floor import shrink_embedding
 from .loop import TrainConfig, Trainer, train
 from .state import Progress
 from .precision import pick_precision
@@ -206,7 +207,7 @@ def new_model(
 ) -> GPT:                               # Untrained
     "The model that a plan describes; the same seed, the same weights."
     set_seed(seed)
-    return GPT(self.model).to(device)
+    return shrink_embedding(GPT(self.model)).to(device)
 
 # %% ../../nbs/47b_train.plan.ipynb #d4575711
 @dataclass(frozen=True)
