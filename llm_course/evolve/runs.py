@@ -39,8 +39,9 @@ class _Memory:
         wrong = [k for k in self.settings if self.settings[k] != theirs.get(k)]
         if wrong:
             raise ValueError(f"the saved search has other settings: {', '.join(wrong)}")
-        other = [k for k in self.memory if k not in tensors or
-                 tensors[k].shape != self.memory[k].shape]
+        shape = lambda t, own: t.shape[0 if own.numel() else 1:]  # what is empty at first grows
+        other = [k for k, own in self.memory.items()
+                 if k not in tensors or shape(tensors[k], own) != shape(own, own)]
         other += [k for k in self.facts if type(facts.get(k)) not in (int, float)]
         if other:
             raise ValueError(f"the saved search is of another kind or size: {', '.join(other)}")
