@@ -406,7 +406,8 @@ def sidebar(course: Course, library: Library) -> dict:
     for layer in dict.fromkeys(page.layer for page in course.road):
         inside = [entry(page) for page in course.road if page.layer == layer]
         contents.append({"section": layer, "contents": inside})
-    extra = [{"text": text, "href": file} for file, text in EXTRA.items() if file != "404.qmd"]
+    extra = [entry(p) for p in course.pages.values() if not p.lesson.number and p.name != "index"]
+    extra += [{"text": text, "href": file} for file, text in EXTRA.items() if file != "404.qmd"]
     contents.append({"section": "Look it up", "contents": extra})
     rooms = [entry(page) for page in course.engine_rooms]
     contents.append({"section": "Engine rooms", "contents": rooms})
