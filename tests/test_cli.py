@@ -53,7 +53,8 @@ def test_module_runs_as_a_program():
 
 
 def test_every_command_explains_its_parameters():
-    for name in ["lab", "doctor", "train", "build", "align", "chat", "eval"]:
+    names = ["lab", "doctor", "train", "build", "align", "chat", "eval"]
+    for name in names + ["progress", "grade", "submit", "board", "fetch", "slides"]:
         output = call(name, "--help")
         assert "--help" in output and name in output
 

@@ -126,3 +126,22 @@ def test_nothing_of_it_goes_through_a_network():
         nodes = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
         names = {a.name for n in nodes for a in n.names} | {getattr(n, "module", "") for n in nodes}
         assert names.isdisjoint({"socket", "urllib", "urllib.request", "requests", "http.client"})
+
+
+def test_the_command_makes_a_page_and_checks_it(record, tmp_path):
+    from typer.testing import CliRunner
+
+    from llm_course.cli import app
+
+    def call(*words):
+        return CliRunner().invoke(app, ["progress", *map(str, words)])
+
+    assert "Nothing yet" in call().output
+    own().check(abs)
+    assert "00_start" in call().output
+    page = tmp_path / "mine.html"
+    assert call("--certificate", page, "--name", "Ada").exit_code == 0
+    assert "agree: Ada, 1 exercises" in call("--verify", page).output
+    page.write_text(page.read_text("utf-8").replace("Ada", "Bob"), encoding="utf-8")
+    refused = call("--verify", page)
+    assert refused.exit_code == 2 and "hash" in refused.output
