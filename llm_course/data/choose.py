@@ -132,7 +132,7 @@ def gopher_repetition(
     text: str,  # A document
 ) -> str:       # The text, or a `Drop`
     "The repetition rules of Gopher (Rae et al. 2021, table A1)."
-    size, words = max(1, len(text)), re.findall(r"\w+(?:['’-]\w+)*|[^\w\s]", text)
+    size, words = max(1, len(text)), _WORD.findall(text)
     lines, characters = _repeated(re.split(r"\n+", text))
     if lines > 0.3 or characters / size > 0.2:
         return Drop(f"{lines:.0%} of the lines are repeated")

@@ -86,6 +86,7 @@ def _edited(paragraph: list, rate: float, words: list[str], rng: random.Random) 
         parts.append(PagePart(kind, shown, text))
     return parts
 
+# %% ../../nbs/02_world.crawl.ipynb #30a1568b
 def _copied(paragraphs: list, change: str, words: list[str], rng: random.Random) -> list[list]:
     "A near copy of paragraphs."
     if change == "edited":
