@@ -326,7 +326,7 @@ def test_build_in_the_story_world_gives_its_two_grades(text):
     assert figures["excess"] > 0 and figures["possible"] == 0
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=180):
     "Wait until something happens or the process ends."
     end = time.monotonic() + seconds
     while time.monotonic() < end and not condition():

@@ -21,7 +21,7 @@ from llm_course.align.sft import train_sft
 from llm_course.data.batches import RandomWindows
 from llm_course.data.shards import memory_shards
 from llm_course.evolve.runs import evolve
-from llm_course.evolve.search import GA
+from llm_course.evolve.search import GA, HillClimb
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import ByteTokenizer, CharTokenizer
 from llm_course.train.checkpoint import CheckpointFiles, read_checkpoint
@@ -230,6 +230,13 @@ def test_float16_without_a_finite_gradient_is_stopped_and_its_layer_named():
         assert not scale.update(bad, model)
     with pytest.raises(FloatingPointError, match=r"20 float16 steps .* not finite in 1\.weight"):
         scale.update(bad, model)
+
+
+def test_a_whole_number_that_became_a_fraction_goes_on(tmp_path):
+    first, second = (HillClimb(torch.zeros(4), 6, scale=1) for _ in range(2))
+    evolve(first, sphere, generations=3, folder=tmp_path)
+    assert isinstance(first.facts["scale"], float)
+    assert len(evolve(second, sphere, generations=5, folder=tmp_path)) == 5
 
 
 @pytest.mark.parametrize("kind", ["evaluate", "watch"])

@@ -152,14 +152,14 @@ def resume_job(
     return found and found[0]
 
 # %% ../../nbs/40c_train.runner.ipynb #8093d6ce
-def _alike(fresh, saved) -> bool:
+def _alike(fresh, saved, whole: bool = False) -> bool:
     "Are facts of the kinds that a new job has? Where it has None, they may be anything."
-    if isinstance(fresh, dict):
-        return isinstance(saved, dict) and all(_alike(fresh[k], saved[k])
+    if isinstance(fresh, dict):  # a place in the data stays a whole number; 1 may become 0.97
+        return isinstance(saved, dict) and all(_alike(fresh[k], saved[k], whole or k == "batches")
                                                for k in fresh.keys() & saved.keys())
     if isinstance(fresh, list):
-        return isinstance(saved, list) and all(map(_alike, fresh, saved))
-    if isinstance(fresh, float):
+        return isinstance(saved, list) and all(_alike(a, b, whole) for a, b in zip(fresh, saved))
+    if type(fresh) is float or type(fresh) is int and not whole:
         return type(saved) in (int, float) and saved == saved
     return fresh is None or type(saved) is type(fresh)
 
@@ -175,7 +175,7 @@ def _load(job: Job, path: str | Path, tensors: dict[str, Tensor], facts: dict) -
         if not _alike(fresh, facts):
             raise TypeError("some of its facts are of another kind")
         job.load_state(tensors, facts)
-        if job.step < 0 or not 0 <= job.seconds < math.inf:
+        if type(job.step) is not int or job.step < 0 or not 0 <= job.seconds < math.inf:
             raise ValueError(f"{path} says {job.step} steps in {job.seconds} seconds")
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
             RuntimeError) as error:
