@@ -53,6 +53,9 @@ EQUAL = {
     ("ex_answer", "return log_probs.gather(1, tokens[start:, None]).sum()"),
     ("ex_best", "return (reference.log() + reward / beta).softmax(dim=-1)"),  # one dimension
     ("ex_kept", "up_to = torch.cat([torch.zeros(1), probs.cumsum(dim=-1)])"),
+    # Where p and q are equal, either will do.
+    ("ex_guess", "return p.where(p <= q, q).sum()"),
+    ("ex_replacement", "missing = torch.where(p >= q, p - q, 0.0)"),
     # A sign of 1 or -1 is its own inverse, and 0 is not kept.
     ("ex_three", "return torch.where(kept, scale / weight.sign(), torch.zeros_like(weight))"),
     # Rewards of a group differ by rounding or by much more, never by exactly 1e-6.
