@@ -142,6 +142,6 @@ def test_the_command_makes_a_page_and_checks_it(record, tmp_path):
     page = tmp_path / "mine.html"
     assert call("--certificate", page, "--name", "Ada").exit_code == 0
     assert "agree: Ada, 1 exercises" in call("--verify", page).output
-    page.write_text(page.read_text("utf-8").replace("Ada", "Bob"), encoding="utf-8")
+    page.write_text(page.read_text(encoding="utf-8").replace("Ada", "Bob"), encoding="utf-8")
     refused = call("--verify", page)
     assert refused.exit_code == 2 and "hash" in refused.output
