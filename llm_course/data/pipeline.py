@@ -24,6 +24,7 @@ from .dedup import (
     similar_pairs, text_key)
 from .documents import (
     Document, document_files, file_documents, read_documents, write_documents)
+from .files import read_texts
 from .mend import (
     mask_private, mend_characters, mend_html, mend_mojibake, name_emoji, plain_punctuation)
 from .rules import Drop, Pipeline, Rule
@@ -261,10 +262,12 @@ def _blocks(documents: Iterable, size: int, most: int = 1 << 24) -> Iterator[tup
 
 # %% ../../nbs/15a_data.pipeline.ipynb #21e63e5f
 def _settings(source: str, names: tuple, column: str, size: int, exam: str | None) -> dict:
-    "What must be the same for a run to be continued."
+    "What must be the same for a run to be continued. Complains about a source that isn't there."
     path, files = Path(source).expanduser(), []
     if path.exists():
         files = [[str(p), p.stat().st_size] for p in document_files(path)]
+    else:
+        read_texts(source, column)
     return {"source": str(source), "rules": list(names), "column": column, "size": size,
             "exam": exam, "files": files}
 
