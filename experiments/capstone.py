@@ -12,9 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 
 from llm_course.entries import course_recipe, judge_entry, make_entry, pack_entry, read_entry
+
+import torch
 
 
 def main() -> None:
