@@ -43,7 +43,7 @@ def reading(
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         why = " ".join(str(error).split())[:200] or "nothing more is known"
-        raise ValueError(f"{path} is damaged or not a {what} "
+        raise ValueError(f"{path} is damaged or no {what} "
                          f"({type(error).__name__}: {why})") from error
 
 # %% ../nbs/00d_guard.ipynb #aadace3f

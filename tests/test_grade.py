@@ -145,7 +145,7 @@ def test_a_class_of_thirty_in_five_minutes(tmp_path):
 def test_lessons_are_found(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / f"ada_{LESSON}.ipynb").write_text("{}", encoding="utf-8")
-    (tmp_path / "x" / "mine.ipynb").write_text('"lesson(\\"00_start\\", minutes=10)"', "utf-8")
+    (tmp_path / "x" / "mine.ipynb").write_text('"lesson(\\"00_start\\", minutes=10)"', encoding="utf-8")
     (tmp_path / "unknown.ipynb").write_text("{}", encoding="utf-8")
     found = {(w, s, own) for _, w, s, own in grade.find_notebooks(tmp_path)}
     assert found == {(LESSON, "ada", False), ("00_start", "x", True), ("", "unknown", False)}
