@@ -362,7 +362,9 @@ def test_interrupted_build_says_how_to_go_on_and_goes_on(text):
     third = start("build", "--out", "runs/rhyme", cwd=text.parent)
     out, err = third.communicate(timeout=120)
     assert third.returncode == 0, err
-    assert max(steps_logged(run)) >= 399 and (run / "report.html").exists()
+    finished = max(steps_logged(run)) >= 399 or "no improvement" in out  # a small text, by heart
+    assert finished and max(steps_logged(run)) > stopped, out
+    assert (run / "report.html").exists()
     assert "tokenizer   " not in out  # the first stages were not done again
 
 
