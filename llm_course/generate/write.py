@@ -117,7 +117,7 @@ class _Alone:
             self.head = self.head.detach().t().contiguous().t()
 
     def read(self, cache: KVCache, token: int) -> Tensor:
-        "What follows, (1, V). In a small model, threads would wait for each other longer than work."
+        "What follows, (1, V); a small model has too little work for several threads."
         threads = torch.get_num_threads()
         if not self.small or threads == 1:
             return self._read(cache, token)
