@@ -131,6 +131,7 @@ class Attention(nn.Module):
         window: int | None = None,      # Positions back that may be seen
         bias: bool = False,             # Add a bias to the four projections?
         qk_norm: bool = False,          # Bring queries and keys to one length?
+        qkv_bias: bool = False,         # Add a bias to queries, keys and values only?
     ):
         super().__init__()
         n_kv_heads = n_kv_heads or n_heads
@@ -138,9 +139,9 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.window, self.qk_norm = window, qk_norm
         d_kv = d_model // n_heads * n_kv_heads
-        self.query = nn.Linear(d_model, d_model, bias)
-        self.key = nn.Linear(d_model, d_kv, bias)
-        self.value = nn.Linear(d_model, d_kv, bias)
+        self.query = nn.Linear(d_model, d_model, bias or qkv_bias)
+        self.key = nn.Linear(d_model, d_kv, bias or qkv_bias)
+        self.value = nn.Linear(d_model, d_kv, bias or qkv_bias)
         self.out = nn.Linear(d_model, d_model, bias)
 
     def forward(

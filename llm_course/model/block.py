@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import patch
 from .attention import Attention
+from .rotation import RopeScaling
 
 # %% ../../nbs/32_model.block.ipynb #75a4fcb0
 def make_norm(
@@ -96,6 +97,12 @@ class Style:
     init: str = "small"         # "small": normal, 0.02, like GPT-2; "zero": blocks begin as nothing
     rope_base: float = 10000.0  # How much slower the last pair turns than the first, nearly
     norm_eps: float = 1e-5      # Added under the root of a norm
+    qkv_bias: bool = False      # Have queries, keys and values a bias, and nothing else (Qwen2)?
+    rope_scaling: RopeScaling | None = None  # For texts longer than those of training
+
+    def __post_init__(self):
+        if isinstance(self.rope_scaling, dict):  # from a file
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
 
 GPT2 = Style(norm="layer", position="learned", activation="gelu", bias=True, tied_head=True)
 LLAMA = Style()
@@ -133,7 +140,8 @@ class Block(nn.Module):
         super().__init__()
         s = style
         self.norm1 = make_norm(s.norm, d_model, s.norm_eps)
-        self.attention = Attention(d_model, n_heads, n_kv_heads, window, s.bias, s.qk_norm)
+        self.attention = Attention(d_model, n_heads, n_kv_heads, window, s.bias, s.qk_norm,
+                                   s.qkv_bias)
         self.norm2 = make_norm(s.norm, d_model, s.norm_eps)
         self.feed_forward = FeedForward(d_model, d_hidden, s.activation, s.bias)
         self.shift = shift_half if s.shift else _leave

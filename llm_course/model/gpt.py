@@ -15,6 +15,7 @@ from ..core import patch
 from .attention import check_heads, look_mask
 from .block import COURSE, Block, Style, hidden_width, make_norm
 from .embedding import Rope, sinusoidal
+from .rotation import make_rope
 
 # %% ../../nbs/33_model.gpt.ipynb #a539cbca
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def make_position(
     config: GPTConfig,   # Sizes and style
 ) -> nn.Module | None:   # A table to add, a rotation, or nothing
     "The part of a GPT that knows where a token stands."
-    c, kind = config, config.style.position
+    c, s, kind = config, config.style, config.style.position
     if kind == "learned":
         return nn.Embedding(c.context_length, c.d_model)
     if kind == "sinusoidal":
         return nn.Embedding.from_pretrained(sinusoidal(c.context_length, c.d_model))
     if kind == "rope":
-        return Rope(c.context_length, c.d_model // c.n_heads, c.style.rope_base)
+        return make_rope(c.context_length, c.d_model // c.n_heads, s.rope_base, s.rope_scaling)
     if kind == "none":
         return None
     raise ValueError(f"position {kind!r} is unknown; choose learned, sinusoidal, rope or none")

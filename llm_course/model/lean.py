@@ -194,9 +194,10 @@ def fits_lean(
 def _course_like(model: GPT) -> bool:
     "Is it of the kind that `_lean_hidden` computes?"
     c, s = model.config, model.config.style
-    kinds = s.norm, s.position, s.activation, s.shift, s.qk_norm, s.bias
+    kinds = s.norm, s.position, s.activation, s.shift, s.qk_norm, s.bias or s.qkv_bias
     plain = kinds == ("rms-plain", "rope", "relu2", True, False, False)
     simple = c.window is None and not c.dropout and (c.n_kv_heads or c.n_heads) == c.n_heads
+    simple = simple and (s.rope_scaling is None or s.rope_scaling.kind != "dynamic")
     linear = [x for b in model.blocks for x in (*b.attention.children(), b.feed_forward.up,
                                                 b.feed_forward.down)]
     return plain and simple and all(type(layer) is nn.Linear for layer in linear)
