@@ -96,6 +96,21 @@ def join(
     self.pads = torch.cat([self.pads + used - self.filled, other.pads + used - other.filled])
     self.padded, self.filled = bool(self.pads.any()), used
 
+# %% ../../nbs/51a_generate.write.ipynb #5ea7a002
+@patch
+def seat(
+    self: KVCache,
+    other: KVCache, # Another memory of the same model, not longer than this one
+    rows: Tensor,   # Which own row each of its rows takes, (B',)
+) -> None:
+    "Put the rows of another memory in the place of own ones that nobody needs."
+    start, end = self.filled - other.filled, self.filled
+    for name in ("keys", "values"):
+        getattr(self, name)[:, rows, :, start:end] = getattr(other, name)[:, :, :, :other.filled]
+    self.last[:, :, rows] = other.last
+    self.pads[rows] = other.pads + start
+    self.padded = bool(self.pads.any())
+
 # %% ../../nbs/51a_generate.write.ipynb #aa58c6f2
 def _is_plain(model: GPT) -> bool:
     "May `_Alone` read for it?"
@@ -193,11 +208,13 @@ class TextGenerator:
         batch_size: int = 16,             # How many texts are written together
         dtype: torch.dtype | None = None, # Compute in this type by autocast, for example bfloat16
         draw: Callable | None = None,     # (logits, sampling) -> tokens, log-probs: for all at once
+        every: int = 0,                   # Newcomers take ended texts' places, every so many steps
     ):
         self.model, self.batch_size, self.dtype, self.draw = model, batch_size, dtype, draw
         self.waiting, self.rows, self.reader = deque(), [], None  # a row is a text, or None
         self.remembers, self.longest = _remembers(model), _context_length(model)
         self.steps, self.alone, self.trains = None, None, False
+        self.every, self.turn = every if self.remembers else 0, 0
         weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = torch.device("cpu") if weight is None else weight.device
 
@@ -271,19 +288,39 @@ def _room(self: TextGenerator, text: Continuation) -> int:
     left = text.max_new_tokens - len(text.tokens)
     return min(left, self.longest) if self.remembers else left
 
+# %% ../../nbs/51a_generate.write.ipynb #5ea7a004
+_SLACK = 32  # columns more than needed, so that newcomers find room without a copy
+
+@patch
+def _seats(self: TextGenerator, coming: list) -> list[int]:
+    "Rows of ended texts for all who come in, if their memory has the room; else none."
+    if not (self.every and coming and self.rows):
+        return []
+    dead = [i for i, text in enumerate(self.rows) if not text or text.ended]
+    filled, length = self.reader.filled + 1, self.reader.keys.shape[3]
+    fits = (max(len(self._seen(text)) for text in coming) <= filled
+            and filled + max(map(self._room, coming)) <= length)
+    return dead[:len(coming)] if fits and len(dead) >= len(coming) else []
+
+@patch
+def _most_room(self: TextGenerator, texts: list) -> int:
+    "How many positions their memory must have besides."
+    return max(map(self._room, texts)) + _SLACK * bool(self.every)
+
 # %% ../../nbs/51a_generate.write.ipynb #f625c1fb
 @patch
 def _tidy(self: TextGenerator) -> list[Continuation]:
     "Let ended texts go, when it is worth it; returns the texts that come in."
     alive = [i for i, text in enumerate(self.rows) if text and not text.ended]
-    free, coming = self.batch_size - len(alive), []
-    if free >= min(len(self.waiting), max(1, self.batch_size // 4)):
+    free, coming, self.turn = self.batch_size - len(alive), [], self.turn + 1
+    now = not (alive and self.every and self.turn % self.every)
+    if now and free >= min(len(self.waiting), max(1, self.batch_size // 4)):
         while self.waiting and len(coming) < free:
             text = self.waiting.popleft()
             coming += [] if text.ended else [text]
     if not alive:
         self.rows, self.reader = [], None
-    elif len(alive) < (1 if coming else 0.75) * len(self.rows):
+    elif len(alive) < (1 if coming and not self._seats(coming) else 0.75) * len(self.rows):
         self.reader.keep_rows(torch.tensor(alive, device=self.device))
         self.rows = [self.rows[i] for i in alive]
     return coming
@@ -307,7 +344,7 @@ def _read_prompts(self: TextGenerator, texts: list) -> tuple:
     unlike = [list(row) for row in place]
     if self.remembers:
         self._prepare(plain_model(self.model))
-        room = max(map(self._room, texts))
+        room = self._most_room(texts)
         logits, reader = prefill(self.model, unlike, room, self.dtype, self.steps)
     else:
         reader = _Rereader(self.model, unlike)
@@ -318,26 +355,45 @@ def _read_prompts(self: TextGenerator, texts: list) -> tuple:
         logits = logits[copies]
     return logits, reader
 
+# %% ../../nbs/51a_generate.write.ipynb #5ea7a005
+@patch
+def _sit_down(self: TextGenerator, coming: list, seats: list, before: Tensor, logits: Tensor,
+              reader: KVCache) -> Tensor:
+    "Newcomers take places in the batch; what follows each row, (B, V)."
+    rows = torch.tensor(seats, device=self.device)
+    self.reader.seat(reader, rows)
+    for i, text in zip(seats, coming):
+        self.rows[i] = text
+    before[rows] = logits
+    return before
+
 # %% ../../nbs/51a_generate.write.ipynb #a1b2e173
 @patch
 def _next_logits(self: TextGenerator, coming: list) -> Tensor:
     "What follows each text: those in the batch read their last token, those that come in all."
-    parts = []
+    parts, seats = [], self._seats(coming)
     if self.rows:
-        last = [text.tokens[-1] if text else 0 for text in self.rows]
+        last = [text.tokens[-1] if text and text.tokens else 0 for text in self.rows]
         if self.alone and len(last) == 1:
             parts.append(self.alone.read(self.reader, last[0]))
         else:
             parts.append(self.reader.read(torch.tensor(last, device=self.device)[:, None])[:, -1])
     if coming:
         logits, reader = self._read_prompts(coming)
+        if seats:
+            return self._sit_down(coming, seats, parts[0], logits, reader)
         parts.append(logits)
         if self.rows:
-            self.reader.join(reader, max(map(self._room, filter(None, self.rows + coming))))
+            self.reader.join(reader, self._most_room([*filter(None, self.rows), *coming]))
         self.reader, self.rows = self.reader or reader, self.rows + coming
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 # %% ../../nbs/51a_generate.write.ipynb #af032f4a
+def _own_noise(probs: Tensor, source: torch.Generator | None) -> Tensor:
+    "The random numbers, (V,), by which `torch.multinomial` divides a row of probabilities."
+    where = probs.device if source is None else source.device
+    return torch.empty_like(probs, device=where).exponential_(generator=source).to(probs.device)
+
 def _draw_apart(logits: Tensor, sampling: tuple, texts: list) -> Tensor:
     "A token a row, (B,), each from its text's own source, exactly as `sample_token` draws it."
     best = logits.max(dim=-1)
@@ -346,9 +402,8 @@ def _draw_apart(logits: Tensor, sampling: tuple, texts: list) -> Tensor:
     if sampling[0] == 0:
         return best.indices
     probs = filter_logits(logits, *sampling).softmax(dim=-1)
-    drawn = [torch.multinomial(p.to(s.device) if (s := text.options.source) else p, 1, generator=s)
-             for p, text in zip(probs, texts)]
-    return torch.cat([token.to(logits.device) for token in drawn])
+    noise = torch.stack([_own_noise(p, text.options.source) for p, text in zip(probs, texts)])
+    return (probs / noise).argmax(dim=-1)  # what torch.multinomial does, for all rows at once
 
 @patch
 def _draw(self: TextGenerator, logits: Tensor, texts: list) -> tuple[list, list]:
