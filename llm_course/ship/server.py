@@ -446,12 +446,15 @@ def health(
 @patch
 def models(
     self: Api,
-) -> dict:
-    "The list of models: one."
+    name: str = "",      # One of them; by default all
+) -> tuple[dict, int]:   # What to say, and HTTP's status
+    "The list of models, which is short, or one of them."
     one = {"id": self.served.name, "object": "model", "created": self.since,
            "owned_by": "llm-course", "context_length": self.served.context_length,
            "chat": self.served.chat_ids is not None}
-    return {"object": "list", "data": [one]}
+    if name and name != self.served.name:
+        return ApiError(f"there is no model {name!r:.60}", 404, "model_not_found").to_dict(), 404
+    return one if name else {"object": "list", "data": [one]}, 200
 
 @patch
 def measures(
@@ -490,12 +493,12 @@ def make_app(
         page, headers = chat_page()
         return responses.HTMLResponse(page, headers=headers)
     async def later(request, make, kind=responses.JSONResponse):
-        made = make()
+        made = make(**request.path_params)
         return kind(*made) if isinstance(made, tuple) else kind(made)
     route("/", home)
     route("/healthz", partial(later, make=api.health))
     route("/v1/models", partial(later, make=api.models))
-    route("/v1/models/{name:path}", partial(later, make=lambda: api.models()["data"][0]))
+    route("/v1/models/{name:path}", partial(later, make=api.models))
     route("/metrics", partial(later, make=api.measures, kind=responses.PlainTextResponse))
     route("/v1/completions", partial(api.answer, chat=False), "POST")
     route("/v1/chat/completions", partial(api.answer, chat=True), "POST")
