@@ -526,6 +526,7 @@ class Page {
     show(decoder.decode());
     spent += performance.now() - begin;
     this.speed = 1000 * count / spent;
+    this.busy = false;
     this.keep(before, said);
     at("log").scrollTop = at("log").scrollHeight;
     this.showTokens();

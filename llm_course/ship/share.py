@@ -88,8 +88,7 @@ def _weights(model: GPT) -> dict:
 
 # %% ../../nbs/93_ship.share.ipynb #3329041e
 _DIALECT = {"(?i:[sdmt]|ll|ve|re)": "(?:[sdmtSDMT\u017f]|[lL]{2}|[vV][eE]|[rR][eE])",
-            "(?s:.)": "[^]", r"\s": r"\p{White_Space}", r"\S": r"\P{White_Space}",
-            "++": "+", "?+": "?", "*+": "*", "}+": "}"}
+            "(?s:.)": "[^]", r"\s": r"\p{White_Space}", r"\S": r"\P{White_Space}"}
 
 def browser_pattern(
     pattern: str, # A regular expression of one of the course's tokenizers
@@ -100,7 +99,7 @@ def browser_pattern(
                          "a browser cuts a text as Python does is not known")
     for python, javascript in _DIALECT.items():
         pattern = pattern.replace(python, javascript)
-    return pattern
+    return re.sub(r"(\+|\*|\?|\{[\d,]+\})\+", r"\1", pattern)
 
 # %% ../../nbs/93_ship.share.ipynb #86f6d0f9
 def _tokenizer_facts(tokenizer: Tokenizer) -> dict:
