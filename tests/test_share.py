@@ -269,7 +269,7 @@ def test_a_person_can_chat_look_inside_and_stay_on_the_keyboard(visit, assistant
     page.keyboard.press("Enter")
     says(page, "tokens")
     said = page.locator("article.assistant p").inner_text()
-    assert said and said in page.locator("#status").inner_text()
+    assert said and page.locator("#spoken").inner_text() == said  # what a screen reader says
     bars = page.locator("#bars li")
     assert bars.count() == 8
     first = page.locator("#looks").inner_text()
@@ -378,3 +378,13 @@ def test_the_command_writes_the_assistant_that_ships(tmp_path, monkeypatch):
     assert (tmp_path / "diary.html").read_text(encoding="utf-8") == "Dear diary"
     result = CliRunner().invoke(app, ["share", "nowhere"])
     assert result.exit_code != 0 and "nowhere" in result.output
+
+
+def test_the_site_gets_a_page_to_try(tmp_path):
+    import pages
+
+    assert pages.write_try(tmp_path / "try.html") < 5e6
+    assert list(pages.site_faults(tmp_path)) == []
+    start = (pages.ROOT / "nbs" / "00_start.ipynb").read_text(encoding="utf-8")
+    said = pages.settings()
+    assert f"{said['doc_host']}{said['doc_baseurl']}/try.html" in start

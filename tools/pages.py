@@ -726,12 +726,21 @@ def write_lessons(folder: Path) -> None:
         write(folder / path.name, json.dumps(notebook, ensure_ascii=False, indent=1) + "\n")
 
 
+def write_try(path: Path) -> int:
+    "The assistant that ships as one page, for visitors who have installed nothing; its bytes."
+    from llm_course.pipeline.build import load_run
+    from llm_course.ship.share import share_run
+
+    return share_run(path, load_run(None, "cpu", None))
+
+
 def render() -> list:
     "Let Quarto make the site, put the downloads beside it, and read what came out."
     subprocess.run(["quarto", "render", "--no-cache"], cwd=PROC, check=True)
     shutil.rmtree(DOCS, ignore_errors=True)
     shutil.move(PROC / DOCS.name, DOCS)
     write_lessons(DOCS / "lessons")
+    write_try(DOCS / "try.html")
     archive = shutil.make_archive(str(PROC / "llm-course-site"), "zip", DOCS)
     shutil.move(archive, DOCS / "llm-course-site.zip")
     return list(site_faults(DOCS))

@@ -502,7 +502,7 @@ class Page {
     "Write, and let the page live meanwhile.";
     const { writer } = this, { tokenizer } = writer, most = Number(at("most").value);
     const decoder = new TextDecoder("utf-8", { ignoreBOM: true }), tail = made("span");
-    let said = "", count = 0, spent = 0, begin = performance.now();
+    let said = "", count = 0, spent = 0, begin = performance.now(), first = 0;
     const show = (piece) => {
       said += said || !writer.chats ? piece : piece.replace(/^ /, "");
       tail.textContent = said;
@@ -515,6 +515,7 @@ class Page {
     for (const id of writer.tokens(ids, most, () => this.heat)) {
       show(decoder.decode(tokenizer.token(id), { stream: true }));
       count += 1;
+      if (count === 1) first = performance.now() - begin;
       if (performance.now() - begin > 12) {
         spent += performance.now() - begin;
         at("log").scrollTop = at("log").scrollHeight;
@@ -525,12 +526,13 @@ class Page {
     }
     show(decoder.decode());
     spent += performance.now() - begin;
-    this.speed = 1000 * count / spent;
+    const rate = count > 1 ? `, ${Math.round(1000 * (count - 1) / (spent - first))} a second` : "";
     this.busy = false;
     this.keep(before, said);
     at("log").scrollTop = at("log").scrollHeight;
     this.showTokens();
-    this.tell(`${said} — ${count} tokens, ${Math.round(this.speed)} a second.`);
+    at("spoken").textContent = said;
+    this.tell(`${count} tokens${rate}.`);
   }
 
   keep(before, said) {
@@ -602,6 +604,8 @@ class Page {
       part.style.setProperty("--share", s <= t ? Math.sqrt(shares[s]) : 0);
       part.className = s === t ? "chosen" : s > t ? "later" : "";
     });
+    const strip = at("strip"), now = strip.children[t];
+    strip.scrollTop = now.offsetTop - strip.offsetTop - strip.clientHeight / 2;
     const best = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]).slice(0, 5);
     at("looks").textContent = "It looks at " + best.filter((s) => shares[s] >= 0.005)
       .map((s) => `“${tokenizer.show(model.ids[s]).trim()}” ${percent(shares[s])}`).join(", ") + ".";
