@@ -13,6 +13,7 @@ from llm_course.generate.write import sample_batch
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.files import load_model
 from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.model.rotation import RopeScaling
 from llm_course.ship.share import round_int8, share_page, write_share
 from llm_course.tokens.bpe import SPLIT_PATTERNS, BPETokenizer
 from llm_course.tokens.exchange import MergesTokenizer, load_tokenizer, recover_merges
@@ -145,6 +146,9 @@ ODD = Style(
 STYLES = {
     "gpt2": (GPT2, {}),
     "llama": (LLAMA, {"n_kv_heads": 2}),
+    "qwen": (Style(qkv_bias=True, tied_head=True), {"n_kv_heads": 1}),
+    "yarn": (Style(rope_scaling=RopeScaling("yarn", 2.0, 12, low=0.01, high=0.5)), {}),
+    "llama3": (Style(rope_scaling=RopeScaling("llama3", 4.0, 12, high=4.0)), {}),
     "course": (COURSE, {"window": 5}),
     "odd": (ODD, {"d_hidden": 36}),
     "none": (Style(norm="layer-plain", position="none", activation="relu2", qk_norm=True), {}),
@@ -388,3 +392,22 @@ def test_the_site_gets_a_page_to_try(tmp_path):
     start = (pages.ROOT / "nbs" / "00_start.ipynb").read_text(encoding="utf-8")
     said = pages.settings()
     assert f"{said['doc_host']}{said['doc_baseurl']}/try.html" in start
+
+
+def test_what_the_page_cannot_compute_is_refused(story):
+    style = Style(rope_scaling=RopeScaling("dynamic", 2.0, 12))
+    sizes = dict(vocab_size=257, context_length=24, d_model=8, n_layers=1, n_heads=1)
+    with pytest.raises(ValueError, match="dynamic"):
+        share_page(GPT(GPTConfig(**sizes, style=style)), ByteTokenizer())
+    with pytest.raises(ValueError, match="not one of the course's"):
+        share_page(GPT(GPTConfig(**sizes)), ByteTokenizer(pattern=r"\w|\W"))
+
+
+def test_every_option_of_a_model_is_known_to_the_page_or_refused():
+    "A new field of a style: teach share.js and _KNOWN, or leave it to be refused."
+    from dataclasses import fields
+
+    from llm_course.ship import share
+
+    known = {*share._KNOWN, "rope_scaling"}
+    assert {f.name for kind in (Style, GPTConfig) for f in fields(kind)} == known

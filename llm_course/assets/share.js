@@ -88,7 +88,6 @@ class Model {
     const hidden = tensors["blocks.0.feed_forward.up.weight"].rows;
     this.scratch = { x: floats(C), h: floats(C), q: floats(C), k: floats(G * D), v: floats(G * D),
       seen: floats(C), y: floats(C), wide: floats(hidden), gate: floats(hidden) };
-    this.speeds = Array.from({ length: D / 2 }, (_, i) => config.style.rope_base ** (-2 * i / D));
     this.scores = new Float64Array(T);
   }
 
@@ -111,12 +110,12 @@ class Model {
 
   turn(x, heads, t) {
     "Rotate each pair (x[i], x[i + D/2]) by its angle; before it, one length for all, if asked.";
-    const { D, style } = this, half = D / 2;
+    const { D, style } = this, { speeds, gain } = this.config, half = D / 2;
     for (let head = 0; head < heads; head++) {
       if (style.qk_norm) normalise(x, head * D, D, 1.1920928955078125e-7, false);
       if (style.position !== "rope") continue;
       for (let i = 0, at = head * D; i < half; i++, at++) {
-        const cos = Math.cos(t * this.speeds[i]), sin = Math.sin(t * this.speeds[i]);
+        const cos = gain * Math.cos(t * speeds[i]), sin = gain * Math.sin(t * speeds[i]);
         const left = x[at], right = x[at + half];
         x[at] = left * cos - right * sin;
         x[at + half] = right * cos + left * sin;

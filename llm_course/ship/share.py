@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from ..core import asset, atomic_write
 from ..model.gpt import GPT, plain_model
+from ..model.rotation import rotation_speeds
 from ..tokens.text import TRUSTED_PATTERNS, YOUNG_LETTERS, Tokenizer
 
 # %% ../../nbs/93_ship.share.ipynb #2469c099
@@ -59,15 +60,27 @@ def _lay_out(state: dict) -> tuple[dict, bytes]:
     return places, floats + ints
 
 # %% ../../nbs/93_ship.share.ipynb #4cd07db8
-_KNOWN = {"vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_hidden",
-          "style", "window", "dropout", "norm", "position", "activation", "bias", "tied_head",
-          "qk_norm", "shift", "init", "rope_base", "norm_eps"}  # what share.js computes
+def _turning(model: GPT) -> dict:
+    "How fast pairs turn, and what queries and keys are multiplied by; `ValueError` for dynamic."
+    c, s = model.config, model.config.style
+    if s.position != "rope":
+        return {"speeds": [], "gain": 1.0}
+    if s.rope_scaling and s.rope_scaling.kind == "dynamic":
+        raise ValueError("the page can't compute a dynamic rope_scaling, whose angles change with "
+                         "the length of the text; linear, yarn and llama3 it can")
+    speeds = rotation_speeds(c.d_model // c.n_heads, s.rope_base, s.rope_scaling)
+    return {"speeds": speeds.tolist(), "gain": model.position.cos[0, 0].item()}
+
+# %% ../../nbs/93_ship.share.ipynb #bf7f7781
+_KNOWN = {"vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads",
+          "d_hidden", "style", "window", "dropout", "norm", "position", "activation", "bias",
+          "tied_head", "qk_norm", "shift", "init", "rope_base", "norm_eps", "qkv_bias"}
 
 def _config_facts(config, where: str = "config") -> dict:
     "Sizes and style. Raises `ValueError` for an option that the page could not compute."
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     for f in fields(config):
-        if f.name not in _KNOWN and values[f.name] != f.default:
+        if f.name not in {*_KNOWN, "rope_scaling"} and values[f.name] != f.default:
             raise ValueError(f"the page can't compute {where}.{f.name}={values[f.name]!r}; it "
                              f"knows {sorted(_KNOWN)}")
     if "style" in values:
@@ -123,6 +136,7 @@ def pack_model(
     "A model and its tokenizer as bytes. Raises `ValueError` for what a page can't compute."
     model = plain_model(model)
     config, (places, data) = _config_facts(model.config), _lay_out(_weights(model))
+    config |= _turning(model)
     facts = {**about, "config": config, "tokenizer": _tokenizer_facts(tokenizer), "tensors": places}
     header = json.dumps(facts).encode()
     header += b" " * (-len(header) % 4)
@@ -166,7 +180,8 @@ def share_page(
         raise ValueError(f"{tokenizer.vocab_size} tokens and a model of {V} do not belong together")
     packed = pack_model(model, tokenizer, name=name, stage="assistant" if chats else "base",
                         documents=documents, examples=list(examples))
-    text = {part: asset(f"share.{part}").read_text(encoding="utf-8") for part in ("html", "css", "js")}
+    text = {kind: asset(f"share.{kind}").read_text(encoding="utf-8")
+            for kind in ("html", "css", "js")}
     numbers = sum(w.numel() for w in _weights(plain_model(model)).values())
     lead = (f"{numbers:,} numbers of one byte, on your own computer: nothing is fetched, and "
             "nothing that you write leaves this page. It says what is likely, true or not.")
@@ -174,6 +189,7 @@ def share_page(
         _SAID[chats], title=html.escape(name), lead=lead, style=text["css"], script=text["js"],
         model=base64.b64encode(packed).decode(), foot="Made with llm-course.")
 
+# %% ../../nbs/93_ship.share.ipynb #0e60832c
 _MARK = b'content="llm-course share"'  # in the head of each page that was written
 
 def write_share(
