@@ -426,6 +426,42 @@ def _share(
     size = share_run(path, loaded)
     typer.echo(f"{size / 1e6:.1f} MB in {visible_text(str(path))}: open it in a browser")
 
+# %% ../nbs/98b_cli.ipynb #5e10a1b3
+def _opened(run: Path | None, device: str | None, stage: str | None):
+    "A model that is ready to be served."
+    from llm_course.pipeline.build import load_run
+    from llm_course.ship.engine import served_model
+    loaded = load_run(run, device, stage)
+    name = run.name if run else f"llm-course-{loaded.stage}"
+    return served_model(name, loaded.model, loaded.tokenizer, loaded.documents,
+                        chat=loaded.stage != "base")
+
+# %% ../nbs/98b_cli.ipynb #5e10a1b4
+@command
+def _serve(
+    run: Path | None = None,    # A run's folder; by default the assistant that ships
+    *,
+    stage: str | None = None,   # base, sft or assistant; by default the last that there is
+    host: str = "127.0.0.1",    # Where to listen; beyond this machine only with a key
+    port: int = 8000,           # 0: any that is free
+    api_key: str | None = None, # What clients must show; by default $LLM_COURSE_API_KEY
+    allow_origin: str = "",     # Web pages of others that may ask, with commas between
+    batch: int = 64,            # How many texts are written together
+    line: int = 1000,           # How many may wait besides
+    seconds: float = 120.0,     # A text that takes longer is ended
+    per_minute: float | None = None, # Most requests of one client
+    blocked: Path | None = None,# Words, one a line, that are neither asked nor said
+    log: Path | None = None,    # A record of each request, without any text
+    device: str | None = None,  # cuda, mps or cpu; by default the fastest
+) -> None:
+    "A chat page, and an API that OpenAI's clients know, until Ctrl-C."
+    from llm_course.ship.serve import door, serve
+    pages = tuple(page.strip() for page in allow_origin.split(",") if page.strip())
+    key = api_key or os.environ.get("LLM_COURSE_API_KEY")
+    rules = door(host, key, pages, per_minute, blocked, log)
+    serve(_opened(run, device, stage), rules, host, port, batch_size=batch, line=line,
+          seconds=seconds)
+
 # %% ../nbs/98b_cli.ipynb #e86f07e5
 @command
 def _eval(
