@@ -317,8 +317,9 @@ class LiveCurve:
         floor: float | None = None,     # Best possible loss in nats, drawn as a dashed line
         title: str = "Training",        # Title of the figure
         seconds: float = 1.0,           # Shortest time between two drawings
+        levels: dict[str, float] | None = None, # Name -> another loss, drawn as a dotted line
     ):
-        self.floor, self.title, self.seconds = floor, title, seconds
+        self.floor, self.title, self.seconds, self.levels = floor, title, seconds, levels or {}
         self.points = {}
         self._drawn, self._handle = 0.0, None
 
@@ -332,6 +333,16 @@ class LiveCurve:
         self.points.setdefault(name, []).append((step, loss))
         if time.monotonic() - self._drawn >= self.seconds:
             self.draw()
+
+# %% ../nbs/00a_core.ipynb #3e5a9d10
+def _draw_levels(axes, floor: float | None, levels: dict[str, float]) -> None:
+    "The floor as a dashed line, other levels as dotted ones with their names on the right."
+    if floor is not None:
+        axes.axhline(floor, ls="--", color="gray", label=f"floor {floor:.3f}")
+    for name, level in levels.items():
+        axes.axhline(level, ls=":", lw=1, color="gray")
+        axes.annotate(f"{name} {level:.2f}", (1, level), xycoords=("axes fraction", "data"),
+                      ha="right", va="bottom", fontsize=7)
 
 # %% ../nbs/00a_core.ipynb #71da3357
 @patch
@@ -349,8 +360,7 @@ def draw(
     figure, axes = plt.subplots(figsize=(6, 2.8))
     for name, points in self.points.items():
         axes.plot(*zip(*points), label=name)
-    if self.floor is not None:
-        axes.axhline(self.floor, ls="--", color="gray", label=f"floor {self.floor:.3f}")
+    _draw_levels(axes, self.floor, self.levels)
     axes.set(title=self.title, xlabel="step", ylabel="loss (nats per token)")
     axes.legend()
     last = ", ".join(f"{name} {points[-1][1]:.3f}" for name, points in self.points.items())

@@ -21,6 +21,7 @@ from ..core import atomic_write, patch, pick_device
 from ..data.batches import DocumentBatches, one_pass
 from ..data.files import read_texts
 from ..data.shards import memory_shards
+from ..evaluate.yardsticks import loss_verdict
 from ..generate.write import sample_batch, generate
 from ..guard import reading, refuse_links, shell_line, visible_text
 from ..model.files import load_model, save_model
@@ -29,7 +30,8 @@ from .assistant import (
     MODEL_FILES, Teaching, assistant_sections, assistant_stages, model_files)
 from .pretrain import (
     count_passing, decode_documents, first_texts, n_predictions, token_parts)
-from .report import Report, Sample, bits_per_byte, perplexity, short_number
+from .report import (
+    Report, Sample, bits_per_byte, grid_html, perplexity, short_number)
 from .run import (
     Run, Settings, read_json, read_stages, run_stages)
 from ..tokens.exchange import load_tokenizer
@@ -331,6 +333,26 @@ def _is_point(row: dict, key: str) -> bool:
     return all(type(row.get(name)) in (int, float) for name in ("tokens", key))
 
 # %% ../../nbs/95e_pipeline.build.ipynb #4fb2c3d1
+def _normal_section(
+    log: list[dict],  # Rows of the training
+    levels: dict,     # Yardsticks: name -> nats per token
+) -> list[tuple]:     # Heading, lead, HTML; or nothing
+    "Is this loss normal? The yardsticks, and what the losses suggest."
+    said = " ".join(loss_verdict(log, levels))
+    rows = {name: [f"{nats:.3f}"] for name, nats in levels.items()}
+    table = grid_html(["what is needed for the same text", "nats per token"], rows)
+    return [("Is this loss normal?", said, table)] if said else []
+
+def _shown_settings(settings: Settings) -> dict:
+    "What was chosen, by name: a report may be shown; where you keep your files, not."
+    chosen = settings.chosen()
+    chosen.pop("column", None)
+    for name in ("data", "chats", "preferences"):
+        if name in chosen:
+            chosen[name] = Path(chosen[name]).name
+    return chosen
+
+# %% ../../nbs/95e_pipeline.build.ipynb #9b40c1d3
 def _make_card(
     run: Run,              # The run
     loaded: LoadedModel,   # Its model
@@ -339,22 +361,20 @@ def _make_card(
     samples: list[Sample], # What it wrote
 ) -> Report:               # The page's content
     "Put everything on one page."
+    marks = run.facts["tokens"].get("yardsticks", {})
+    levels = {**marks, **{k: v for k, v in figures.items() if k == "floor"}}
     log, names = read_log(run.folder), {"training": "train", "validation": "valid"}
     curves = {name: [(row["tokens"], row[key]) for row in log if _is_point(row, key)]
               for name, key in names.items()}
-    chosen = run.settings.chosen()
-    chosen.pop("column", None)
-    for name in ("chats", "preferences"):
-        if name in chosen:
-            chosen[name] = Path(chosen[name]).name
-    chosen["data"] = Path(run.settings.data).name  # a report may be shown; where you keep it, not
+    chosen = _shown_settings(run.settings)
     title = "the story world" if loaded.data == "world" else chosen["data"]
     took = {name: format_duration(facts["seconds"]) for name, facts in run.facts.items()}
     return Report(
         f"A model of {title}", _lead_sentence(figures, run.facts),
-        _figure_cards(figures, run.facts), curves, figures.get("floor"), samples,
+        _figure_cards(figures, run.facts), curves, levels, samples,
         loaded.token_surprises(text), {"Settings": chosen, "Time": took, "Versions": versions()},
-        assistant_sections(run), shell_line("llm-course", "chat", run.folder))
+        [*_normal_section(log, levels), *assistant_sections(run)],
+        shell_line("llm-course", "chat", run.folder))
 
 # %% ../../nbs/95e_pipeline.build.ipynb #220e21c6
 def report_stage(

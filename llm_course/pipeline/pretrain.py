@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASE_STAGES', 'split_texts', 'first_texts', 'open_parts', 'token_parts', 'make_tokenizer', 'count_passing',
-           'n_predictions', 'decode_documents', 'WholeRun', 'usual_training', 'pretrain']
+           'n_predictions', 'run_yardsticks', 'decode_documents', 'WholeRun', 'usual_training', 'pretrain']
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #1e9ff9cf
 import math, time, warnings
@@ -13,10 +13,14 @@ from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
+import numpy as np
+import torch
 from ..core import patch
 from ..data.batches import held_out
 from ..data.files import find_texts, read_texts
 from ..data.shards import SHARDS_HEADER, Shards, document_boundaries, write_shards
+from ..evaluate.yardsticks import (
+    YardstickWatch, loss_verdict, measure_yardsticks, row_loss, text_chart)
 from .report import short_number
 from .run import Run, Settings, data_fingerprint, run_stages, usual_folder
 from ..tokens.bpe import BPETokenizer
@@ -25,7 +29,8 @@ from ..tokens.formats import read_ranks
 from ..tokens.text import CharTokenizer
 from ..train.plan import Machine, make_plan, read_plan, train_plan
 from ..train.transfer import round_to_power_of_two
-from ..train.watch import Reporter, format_duration
+from ..train.watch import Reporter, format_duration, read_log
+from ..world.story import World
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #5634275f
 _FEW = 200  # with fewer documents than this, chance could hold back none, or most
@@ -234,6 +239,40 @@ def n_predictions(
     "How many predictions a pass through the shards takes."
     return shards.n_tokens - len(shards.arrays)
 
+# %% ../../nbs/95c_pipeline.pretrain.ipynb #6a3c9e02
+def _first_row(shards: Shards, most: int) -> torch.Tensor:
+    "The first tokens of all."
+    parts, n = [], 0
+    for array in shards.arrays:
+        parts.append(np.asarray(array[:most - n]))
+        n += len(parts[-1])
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+def _world_floor(tokenizer, texts: list[str]) -> float:
+    "What the best possible model needs for stories, nats per token."
+    world, n_tokens = World(seed=0), sum(len(tokenizer.encode(t)) + 1 for t in texts)
+    return -sum(map(world.log_prob, texts)) / n_tokens
+
+# %% ../../nbs/95c_pipeline.pretrain.ipynb #6a3c9e03
+def run_yardsticks(
+    run: Run,          # Its tokens are written
+    facts: dict,       # Of the stage that wrote them
+    tokenizer = None,  # That wrote them, where it is known
+) -> dict[str, float]: # Name -> nats per token of the held-out text; empty for hardly any text
+    "What a uniform guess, counting and zip need for what is held back."
+    train, valid = token_parts(run.folder, {"tokens": facts})
+    if min(train.n_tokens, valid.n_tokens) < 3:
+        return {}
+    held, text, floor = _first_row(valid, 250_000), None, None
+    if tokenizer is not None:
+        text = tokenizer.decode(held[held != valid.end_id].tolist())
+    if tokenizer is not None and run.source == "world":
+        floor = _world_floor(tokenizer, [*islice(decode_documents(valid, tokenizer), 200)])
+    found = measure_yardsticks(_first_row(train, 1_000_000), held, train.vocab_size, text, floor)
+    said = ", ".join(f"{name} {nats:.2f}" for name, nats in found.items())
+    run.reporter.say(f"yardsticks  {said} nats per token")
+    return {name: round(nats, 4) for name, nats in found.items()}
+
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #efbc9317
 def _tokens_stage(
     run: Run, # The run
@@ -241,7 +280,8 @@ def _tokens_stage(
     "Stage 2: turn both parts into token shards."
     if _is_shards(run.source):
         sizes = {p: {"tokens": n_predictions(s)} for p, s in zip(_PARTS, open_parts(run.source))}
-        return {**sizes, "folder": run.source}
+        facts = {**sizes, "folder": run.source}
+        return {**facts, "yardsticks": run_yardsticks(run, facts)}
     tokenizer, facts = load_tokenizer(run.folder / "tokenizer.bpe"), {"train": {}, "valid": {}}
     for part, counts in facts.items():
         texts = (text for text, held in _run_texts(run) if held == (part == "valid"))
@@ -252,7 +292,7 @@ def _tokens_stage(
     run.reporter.say(
         f"tokens      {short_number(train)} to train on, {short_number(valid)} held back, "
         f"{facts['train']['bytes'] / train:.2f} bytes each")
-    return facts
+    return {**facts, "yardsticks": run_yardsticks(run, facts, tokenizer)}
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #da83ecbe
 def decode_documents(
@@ -282,9 +322,21 @@ def _plan_stage(
 def _model_stage(
     run: Run, # The run
 ) -> dict:    # Its figures
-    "Stage 4: train, and keep the best weights."
-    return train_plan(read_plan(run.facts["plan"]), token_parts(run.folder, run.facts), run.folder,
-                      run.machine, run.device, run.settings.seed, run.reporter, run.tracker)
+    "Stage 4: train, keep the best weights, and say whether the loss looks normal."
+    marks = run.facts["tokens"].get("yardsticks", {})
+    watch = YardstickWatch(marks, run.reporter.say, read_log(run.folder))
+    def tell(row):
+        watch(row)
+        if run.tracker is not None:
+            run.tracker(row)
+    facts = train_plan(read_plan(run.facts["plan"]), token_parts(run.folder, run.facts), run.folder,
+                       run.machine, run.device, run.settings.seed, run.reporter, tell)
+    rows = read_log(run.folder)
+    points = [(row.get("tokens", 0), row_loss(row)) for row in rows]
+    picture = text_chart(points, marks) if marks and len(points) > 3 else []
+    for line in [*picture, *loss_verdict(rows, marks)]:
+        run.reporter.say(line)
+    return facts
 
 # %% ../../nbs/95c_pipeline.pretrain.ipynb #ea9d5402
 class WholeRun(Reporter):

@@ -71,13 +71,15 @@ def _thin(
 
 def _limits(
     curves: dict[str, list],    # Name -> points (x, y)
-    floor: float | None = None, # A level that must be visible
+    levels: dict | None = None, # Name -> loss: the floor, and the next above the curves, are shown
 ) -> tuple[float, float, float, float]: # x from, x to, y from, y to
     "What a chart should show: all but the steep first tenth of the way."
     points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
     end = max((x for x, _ in points), default=1) or 1
     settled = [y for x, y in points if x >= 0.1 * end] or [0.0]
-    settled += [] if floor is None else [floor]
+    ends = [curve[-1][1] for curve in curves.values() if curve]
+    above = [y for y in (levels or {}).values() if ends and y > max(ends)]
+    settled += sorted(above)[:1] + [y for k, y in (levels or {}).items() if k == "floor"]
     low, high = min(settled), max(settled)
     margin = 0.06 * (high - low) or 0.1
     return 0.0, 1.01 * end, low - margin, high + margin
@@ -124,33 +126,48 @@ def _axis_marks(
 
 def _chart_label(
     curves: dict[str, list],    # Name -> points (x, y)
-    floor: float | None = None, # Best possible loss
+    levels: dict | None = None, # Name -> loss
     what: str = "Loss",         # What is drawn
 ) -> str:                       # One sentence
     "What a chart shows, for people who do not see it."
     ends = [f"{name} from {p[0][1]:.3f} to {p[-1][1]:.3f}" for name, p in curves.items() if p]
-    end = "." if floor is None else f"; the floor is {floor:.3f}."
-    return f"{what}: " + ", ".join(ends) + end
+    marks = [f"the {name} is {y:.3f}" for name, y in (levels or {}).items()]
+    return f"{what}: " + ", ".join(ends) + "; ".join(["", *marks]) + "."
+
+# %% ../../nbs/95a_pipeline.report.ipynb #5d1e7a90
+def _level_marks(
+    levels: dict[str, float],               # Name -> loss
+    box: tuple[float, float, float, float], # From `_limits`
+) -> tuple[str, str]:                       # SVG, HTML
+    "Levels beside the curves, where the box holds them: lines, and their names on the right."
+    kept = [(k, y, 100 * (box[3] - y) / (box[3] - box[2])) for k, y in levels.items()
+            if k != "floor" and box[2] < y < box[3]]
+    lines = [_draw_line(k, [(box[0], y), (box[1], y)], box, 3) for k, y, _ in kept]
+    names = [f'<span class="level" style="top:{top:.2f}%">{escape(k)} {y:.2f}</span>'
+             for k, y, top in kept]
+    return "".join(lines), "".join(names)
 
 # %% ../../nbs/95a_pipeline.report.ipynb #6525b0a3
 def line_chart(
     curves: dict[str, list],    # Name -> points (x, y)
-    floor: float | None = None, # Best possible loss, drawn as a dashed line
+    levels: dict | None = None, # Name -> loss, drawn as a dashed line; "floor" is the best possible
     x_label: str = "tokens seen",            # What progress is counted in
     y_label: str = "loss (nats per token)",  # What is drawn
 ) -> str:                       # HTML; its style is in report.css
     "Draw losses against progress, for any width of screen."
     thinned = {name: _thin(points) for name, points in curves.items()}
-    box = _limits(thinned, floor)
+    box = _limits(thinned, levels)
     lines = [_draw_line(name, p, box, i) for i, (name, p) in enumerate(thinned.items())]
     names = list(thinned)
+    floor, marks = (levels or {}).get("floor"), _level_marks(levels or {}, box)
     if floor is not None:
         lines.append(_draw_line("floor", [(box[0], floor), (box[1], floor)], box, 2))
         names.append(f"floor {floor:.3f}, the best that any model can do")
+    lines.insert(0, marks[0])
     keys = "".join(f'<li class="c{i}">{escape(name)}</li>' for i, name in enumerate(names))
-    alt = escape(_chart_label(curves, floor, y_label.split(" (")[0].capitalize()), quote=True)
+    alt = escape(_chart_label(curves, levels, y_label.split(" (")[0].capitalize()), quote=True)
     return (f'<figure><ul class="keys">{keys}</ul><p class="axis">{escape(y_label)}</p>'
-            f'<div class="chart">{_axis_marks(box)}<svg role="img" aria-label="{alt}" '
+            f'<div class="chart">{_axis_marks(box)}{marks[1]}<svg role="img" aria-label="{alt}" '
             f'viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(lines)}</svg></div>'
             f'<p class="axis end">{escape(x_label)}</p></figure>')
 
@@ -203,7 +220,7 @@ class Report:
     lead: str = ""                             # One sentence
     figures: list[tuple[str, str, str]] = field(default_factory=list)  # Value, name, meaning
     curves: dict[str, list] = field(default_factory=dict)  # Name -> (tokens seen, loss)
-    floor: float | None = None                 # Best possible loss, nats per token
+    levels: dict[str, float] = field(default_factory=dict) # Yardsticks; "floor": best possible
     samples: list[Sample] = field(default_factory=list)    # What it writes
     pieces: list[tuple[str, float]] = field(default_factory=list)  # Held-out tokens and their nats
     tables: dict[str, dict] = field(default_factory=dict)  # Heading -> name -> value
@@ -277,7 +294,7 @@ def html(
     said = report_phrases()
     marked = any(sample.wrong_at is not None for sample in self.samples)
     writes = f"{said['writes']} {said['impossible']}" if marked else said["writes"]
-    chart = line_chart(self.curves, self.floor) if any(self.curves.values()) else ""
+    chart = line_chart(self.curves, self.levels) if any(self.curves.values()) else ""
     cards = "".join(map(_sample_html, self.samples))
     cards = f'<div class="samples">{cards}</div>' if cards else ""
     coloured = _surprise_html(self.pieces) if self.pieces else ""

@@ -1,0 +1,149 @@
+"Is my loss normal? Each mistake is planted in a tiny training and must be found by its own name."
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from llm_course.evaluate.yardsticks import (
+    YardstickWatch, diagnose_loss, loss_verdict, measure_yardsticks)
+from llm_course.model.block import LLAMA
+from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.train.loop import TrainConfig, train
+from llm_course.train.tune import RowBatches
+
+V, T = 12, 32
+
+
+def chain(n, seed):
+    "Tokens of which two tell the next with probability 0.85; and what each costs who knows that."
+    g = torch.Generator().manual_seed(0)
+    rare = 1 / torch.arange(1, V + 1.0)
+    rare /= rare.sum()
+    table = torch.multinomial(rare, V * V, replacement=True, generator=g).view(V, V).tolist()
+    g = torch.Generator().manual_seed(seed)
+    other = torch.multinomial(rare, n, replacement=True, generator=g).tolist()
+    sure = (torch.rand(n, generator=g) < 0.85).tolist()
+    row, nats = [0, 1], 0.0
+    for i in range(2, n):
+        told = table[row[-2]][row[-1]]
+        row.append(told if sure[i] else other[i])
+        nats -= math.log(0.85 * (row[-1] == told) + 0.15 * rare[row[-1]])
+    return torch.tensor(row), nats / (n - 2)
+
+
+TRAIN, VALID = chain(33 * 800, 1)[0], chain(33 * 120, 2)
+YARD = measure_yardsticks(TRAIN, VALID[0], V, floor=VALID[1])
+ROWS, HELD = TRAIN.view(-1, T + 1), VALID[0].view(-1, T + 1)
+
+
+class Batches(RowBatches):
+    "Batches with a mistake: `spoil` changes tokens and targets."
+    spoil = staticmethod(lambda tokens, targets: (tokens, targets))
+
+    def __next__(self):
+        return (*self.spoil(*super().__next__()[:2]), None)
+
+
+class Mistaken(nn.Module):
+    "A GPT that gets its tokens through a mistake."
+    def __init__(self, change=None, mask=None, style=LLAMA):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gpt = GPT(GPTConfig(V, T, 32, 1, 2, style=style))
+        self.change, self.mask = change, mask
+
+    def forward(self, tokens):
+        if self.change:
+            tokens = self.change(tokens)
+        x, rotate = self.gpt.enter(tokens)
+        for block in self.gpt.blocks:
+            x = block(x, rotate, self.mask)
+        return self.gpt.head(self.gpt.norm(x))
+
+
+def learn(model=None, spoil=None, steps=150, rows=ROWS, **config):
+    "The log of a training, and its findings' names."
+    batches = Batches(rows)
+    batches.spoil = spoil or batches.spoil
+    tokens, targets = batches.spoil(HELD[:, :-1], HELD[:, 1:])
+    settings = TrainConfig(steps, **{"lr_matrix": None, "precision": "float32", **config})
+    progress = train(model or Mistaken(), batches, settings, [(tokens, targets, None)],
+                     eval_every=10, watch=None)
+    return progress.history, [finding.name for finding in diagnose_loss(progress.history, YARD)]
+
+
+def test_the_yardsticks_are_in_order_and_the_chain_has_a_floor():
+    order = [YARD[name] for name in ("uniform", "unigram", "bigram", "trigram", "floor")]
+    assert order == sorted(order, reverse=True) and order[-1] > 0.5
+    assert order[0] - order[1] > 0.1 and order[1] - order[2] > 0.1 and order[2] - order[3] > 0.3
+
+
+def test_a_healthy_training_is_told_nothing():
+    said = []
+    history, found = learn()
+    assert found == [] and history[-1]["valid"] < YARD["bigram"] - 0.1
+    watch = YardstickWatch(YARD, said.append)
+    for row in history:
+        watch(row)
+    assert said and all("better now than" in line for line in said)
+    assert "Nothing in its losses" in loss_verdict(history, YARD)[-1]
+
+
+def test_frozen_weights_and_a_tiny_rate_stay_at_ln_v():
+    assert learn(lr=1e-9)[1] == ["uniform"]
+    model = Mistaken()
+    model.gpt.head.weight.detach().zero_()  # as in the course's own style
+    model.gpt.head.requires_grad_(False)    # then nothing else moves either
+    assert learn(model)[1] == ["uniform"]
+
+
+def test_targets_of_another_row_stay_at_the_unigram():
+    assert learn(spoil=lambda x, y: (x, y.roll(1, dims=0)))[1] == ["unigram"]
+
+
+def test_targets_that_are_shifted_too_far_stay_at_the_unigram():
+    assert learn(spoil=lambda x, y: (x[:, :16], y[:, -16:].flip(0)))[1] == ["unigram"]
+
+
+def test_inputs_whose_order_is_lost_stay_at_the_unigram():
+    g = torch.Generator().manual_seed(0)
+    shuffled = lambda tokens: tokens.gather(1, torch.rand(tokens.shape, generator=g).argsort(dim=1))
+    assert learn(Mistaken(shuffled, torch.eye(T, dtype=torch.bool)))[1] == ["unigram"]
+
+
+def test_a_mask_over_all_inputs_stays_at_the_unigram():
+    assert learn(Mistaken(torch.zeros_like))[1] == ["unigram"]
+
+
+def test_a_mask_over_all_other_positions_stays_at_the_bigram():
+    for mask in (torch.eye(T, dtype=torch.bool), torch.zeros(T, T, dtype=torch.bool)):
+        assert learn(Mistaken(mask=mask))[1] == ["bigram"]
+
+
+def test_a_mask_that_shows_the_future_goes_below_the_floor():
+    history, found = learn(Mistaken(mask=torch.ones(T, T, dtype=torch.bool)), steps=400)
+    assert found == ["leak"] and history[-1]["valid"] < 0.9 * YARD["floor"]
+
+
+def test_inputs_that_are_the_targets_go_below_the_floor():
+    history, found = learn(spoil=lambda x, y: (y, y))
+    assert found == ["leak"]
+    marks = {name: level for name, level in YARD.items() if name != "floor"}
+    assert history[-1]["valid"] > 0.1 * marks["trigram"] or \
+        [f.name for f in diagnose_loss(history, marks)] == ["copy"]
+
+
+def test_few_rows_are_learnt_by_heart():
+    history, found = learn(rows=ROWS[:24], steps=300)
+    assert found == ["memorising"] and history[-1]["train"] < YARD["floor"]
+
+
+def test_a_rate_that_is_far_too_high_diverges():
+    history, found = learn(lr=300.0, clip=None, schedule="constant", steps=60)
+    assert found == ["diverged"] and history[-1]["valid"] > YARD["uniform"]
+
+
+@pytest.mark.parametrize("rows", [[], [{"train": None, "valid": None}], [{"train": 2.0, "valid": None}]])
+def test_a_log_that_says_nothing_is_told_nothing(rows):
+    assert diagnose_loss(rows, YARD) == diagnose_loss(rows, {}) == []
