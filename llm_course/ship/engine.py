@@ -167,7 +167,7 @@ class Engine:
 
     def waiting(self) -> int:
         "How many texts wait for a place."
-        return len(self.writer.waiting)
+        return sum(1 for text in list(self.writer.waiting) if not text.ended)
 
     def writing(self) -> int:
         "How many texts are in the batch."

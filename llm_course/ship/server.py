@@ -319,6 +319,8 @@ async def events(
             begun |= {i} if piece.text else set()
             if text or piece.chances or piece.ended:
                 yield say(i, text, piece.chances, piece.ended)
+        if not all(self.call.ended):
+            return  # nobody listens any more
         if self.call.wish.stream[1]:
             yield sse_event({**frame, "choices": [], "usage": self.usage()})
     except ApiError as error:
