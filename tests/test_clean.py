@@ -117,6 +117,7 @@ def test_nothing_is_lost_silently(undisturbed):
         assert before["seen"] - before["dropped"] == after["seen"]
     card = json.loads((undisturbed / "card.json").read_text(encoding="utf-8"))
     assert card["documents"] == ledger["kept"]
+    assert card["language"] == {"en": ledger["kept"]}
 
 
 def test_an_exam_is_kept_out(tmp_path):

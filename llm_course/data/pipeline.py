@@ -131,6 +131,8 @@ def _clean_block(block: _Block) -> int:
             wanted.append(document)
     gone = lambda *what: dropped.append(_dropped_row(*what))
     kept = list(pipeline.run(wanted, gone))
+    for document in kept if "language" in block.names else ():
+        document.language = document.language or "en"
     write_documents(kept, kept_path)
     _write_lines(dropped, dropped_path)
     keys = np.array([text_key(d.text) for d in kept], np.uint64)
