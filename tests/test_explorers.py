@@ -127,6 +127,16 @@ def test_every_control_moves_its_explorer(lesson_page, request):
             timeout=60_000,
         )
         print(f"{request.node.callspec.id}: {kind} {label!r}")
+        if kind == "text":  # put back: other controls need not answer to nonsense
+            moved = explorer.evaluate(SEEN)
+            box = control.locator("input, textarea").first
+            box.fill(box.input_value().removesuffix(" bees"))
+            box.press("Enter")
+            page.wait_for_function(
+                "([explorer, before]) => (" + SEEN + ")(explorer) !== before",
+                arg=[explorer.element_handle(), moved],
+                timeout=60_000,
+            )
     assert page.locator(ERROR).all_inner_texts() == []
     assert page.locator(".jp-Notebook .jp-OutputArea-output", has_text="Traceback").count() == 0
     assert outside == [], f"requests left this machine: {outside}"

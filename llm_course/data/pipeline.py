@@ -129,8 +129,7 @@ def _clean_block(block: _Block) -> int:
             refused += 1
         else:
             wanted.append(document)
-    gone = lambda *what: dropped.append(_dropped_row(*what))
-    kept = list(pipeline.run(wanted, gone))
+    kept = list(pipeline.run(wanted, lambda *what: dropped.append(_dropped_row(*what))))
     for document in kept if "language" in block.names else ():
         document.language = document.language or "en"
     write_documents(kept, kept_path)
