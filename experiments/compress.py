@@ -1,0 +1,244 @@
+"""A smaller story model, in every way of lessons 90 and 94: bytes against nats above the floor.
+
+    python experiments/compress.py [--part bits|pruned|distilled] [--only NAME]
+                                   [--save llm_course/assets]
+
+Bits: matrices in eight, four and two bits, rounded, with scaled inputs, with error feedback.
+Pruned: half of the blocks' weights by size, by Wanda, 2:4; a head of each layer; a whole layer;
+before and after a short training on new stories, three seeds, and beside it the whole model trained
+as long. Distilled: a small model on the same stories from the text, from the story model, from the
+true distribution, three seeds. All are graded on the same unseen stories. Each result is added to
+compress.json in the folder of --save as soon as it is there; --only repeats one way. Without it, the ways in bits are repeated and compared with
+what was recorded. The last line is JSON; `value` is the excess that int8 costs, bar 0.002.
+"""
+
+import argparse
+import copy
+import json
+from datetime import date
+from pathlib import Path
+
+import llm_course  # before torch: it sets how long waiting threads spin
+import torch
+from torch import nn
+
+from llm_course.core import asset, atomic_write
+from llm_course.data.batches import DocumentBatches, one_pass
+from llm_course.data.shards import memory_shards
+from llm_course.model.files import load_model
+from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.ship.compress import input_grams, quantize_with_feedback, scale_loud_inputs
+from llm_course.ship.distill import (
+    TrueTeacher, head_shares, keep_largest, leave_out_heads, prune, pruned_bytes, remove_layer,
+    train_softly, wanda_scores)
+from llm_course.ship.quantize import (
+    dequantize_weight, model_bytes, q4_0_blocks, q4_0_values, q8_0_blocks, q8_0_values,
+    quantize_model, quantize_weight)
+from llm_course.tokens.exchange import load_tokenizer
+from llm_course.train.floor import shrink_embedding
+from llm_course.train.loop import TrainConfig, evaluate
+from llm_course.world import World
+
+SEEDS, UNSEEN, CONTEXT = (0, 1, 2), 100, 224
+RECOVER = {"steps": 24, "stories": 8, "lr_matrix": 0.001, "lr": 0.0004}
+TEACH = {"steps": 100, "stories": 8, "width": 64, "layers": 2}
+
+
+class Bench:
+    "The world, the model, stories to judge by, and what goes into each layer."
+
+    def __init__(self):
+        self.world, self.tokenizer = World(seed=0), load_tokenizer(asset("story.bpe"))
+        unseen = self.world.sample(UNSEEN, seed=12)
+        shards = memory_shards(unseen, self.tokenizer)
+        self.batches = list(one_pass(DocumentBatches(shards, 32, CONTEXT, pack=False)))
+        self.floor = -sum(map(self.world.log_prob, unseen)) / (shards.n_tokens - 1)
+        end, encode = self.tokenizer.end_id, self.tokenizer.encode
+        read = [torch.tensor([end, *encode(s)]) for s in self.world.sample(100, seed=11)]
+        self.grams = input_grams(self.model(), read)
+
+    def model(self) -> GPT:
+        return load_model(asset("story.safetensors"))
+
+    def excess(self, model) -> float:
+        return round(evaluate(model, self.batches) - self.floor, 5)
+
+    def stories(self, n: int, seed: int, order: int):
+        shards = memory_shards(self.world.sample(n, seed=seed), self.tokenizer)
+        return DocumentBatches(shards, RECOVER["stories"], CONTEXT, order, pack=False)
+
+
+def row(name: str, kind: str, n_bytes: int, excess: list) -> dict:
+    "One way, shown and returned."
+    print(f"{kind:18} {name:30} {n_bytes / 1e6:5.2f} MB  {excess}", flush=True)
+    return {"name": name, "kind": kind, "bytes": n_bytes, "excess": excess}
+
+
+def replaced(bench: Bench, way) -> GPT:
+    "The story model with each matrix replaced by what `way` (name, weight) leaves of it."
+    model = bench.model()
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            layer.weight.data = way(name, layer.weight.data)
+    return model
+
+
+def in_bits(bench: Bench, only: str | None) -> list:
+    "All ways that keep every weight, in fewer bits."
+    whole = bench.model()
+    rows = [row("float32", "bits", model_bytes(whole), [bench.excess(whole)]),
+            row("bfloat16", "bits", model_bytes(whole) // 2,
+                [bench.excess(replaced(bench, lambda n, w: w.bfloat16().float()))])]
+    plain = {"int8 rows": (8, None, True), "int4 rows": (4, None, True),
+             "int4 by 32": (4, 32, True), "int4 by 32, asymmetric": (4, 32, False),
+             "int4 by 16": (4, 16, True), "int2 by 16, asymmetric": (2, 16, False)}
+    for name, how in plain.items():
+        model = quantize_model(bench.model(), *how)
+        rows.append(row(name, "bits", model_bytes(model), [bench.excess(model)]))
+    fast = quantize_model(bench.model(), 8, fast=True)
+    rows.append(row("int8 rows, int8 inputs", "bits", model_bytes(fast), [bench.excess(fast)]))
+    blocks = {"GGUF Q8_0": (34, lambda n, w: q8_0_values(q8_0_blocks(w))),
+              "GGUF Q4_0": (18, lambda n, w: q4_0_values(q4_0_blocks(w)))}
+    for name, (per, way) in blocks.items():
+        model = replaced(bench, way)
+        rows.append(row(name, "bits", model_bytes(model) // 128 * per, [bench.excess(model)]))
+    return rows + chosen(bench)
+
+
+def chosen(bench: Bench) -> list:
+    "Codes that are chosen by what goes into a layer."
+    rows = []
+    for bits, group, symmetric in ((4, 128, True), (4, 32, True), (2, 16, False)):
+        spent = []
+
+        def feedback(name, w):
+            q = quantize_weight(w, bits, group, symmetric)
+            if name in bench.grams:
+                q = quantize_with_feedback(w, bench.grams[name], bits, group, symmetric)
+            spent.append(q.nbytes())
+            return dequantize_weight(q)
+
+        def scale(name, w):
+            if name not in bench.grams:
+                return feedback(name, w)
+            q, s = scale_loud_inputs(w, bench.grams[name], bits, group, symmetric)
+            spent.append(q.nbytes() + 2 * len(s))
+            return dequantize_weight(q) / s
+
+        for label, way in (("feedback", feedback), ("scaled", scale)):
+            spent.clear()
+            model = replaced(bench, way)
+            name = f"int{bits} by {group}, {label}"
+            rows.append(row(name, "bits", sum(spent), [bench.excess(model)]))
+    return rows
+
+
+def without_layer(bench: Bench) -> GPT:
+    "Without the layer whose loss hurts least."
+    small = [remove_layer(bench.model(), at) for at in range(4)]
+    return min(small, key=bench.excess)
+
+
+def cut_ways(bench: Bench) -> dict:
+    "Name -> a function that makes a smaller model and its masks."
+
+    def masked(choose):
+        def make():
+            model = bench.model()
+            return model, prune(model, choose)
+        return make
+
+    grams = bench.grams
+    least = head_shares(bench.model(), grams).argmin(dim=1).tolist()
+    return {"nothing": lambda: (bench.model(), {}),
+            "half, by size": masked(lambda n, w: keep_largest(w.abs())),
+            "half, Wanda": masked(lambda n, w: keep_largest(wanda_scores(w, grams[n]))),
+            "2:4, Wanda": masked(lambda n, w: keep_largest(wanda_scores(w, grams[n]), group=4)),
+            "one head of two in each layer": masked(leave_out_heads(least, bench.model().config.n_heads)),
+            "one layer of four": lambda: (without_layer(bench), {})}
+
+
+def pruned(bench: Bench, only: str | None):
+    "Cut, graded, trained a little, graded again."
+    r = RECOVER
+    for name, make in cut_ways(bench).items():
+        if only not in (None, name):
+            continue
+        (start, masks), after = make(), []
+        size = pruned_bytes(start, masks)
+        yield row(name, "pruned", size, [bench.excess(start)])
+        for seed in SEEDS:
+            model = copy.deepcopy(start)
+            batches = bench.stories(r["steps"] * r["stories"], 31, seed)
+            config = TrainConfig(r["steps"], lr_matrix=r["lr_matrix"], lr=r["lr"])
+            train_softly(model, batches, config, masks=masks)
+            after.append(bench.excess(model))
+        yield row(name, "pruned, recovered", size, after)
+
+
+def distilled(bench: Bench, only: str | None):
+    "One student, three targets."
+    t, teacher = TEACH, bench.model()
+    stories = bench.world.sample(t["steps"] * t["stories"], seed=41)
+    shards = memory_shards(stories, bench.tokenizer)
+    targets = {"from the text": lambda: None,
+               "from the teacher": lambda: lambda x: teacher(x).softmax(dim=-1),
+               "from the truth": lambda: TrueTeacher(bench.world, bench.tokenizer, stories)}
+    for name, make in targets.items():
+        if only not in (None, name):
+            continue
+        after, teach = [], make()
+        for seed in SEEDS:
+            torch.manual_seed(seed)
+            config = GPTConfig(bench.tokenizer.vocab_size, CONTEXT, t["width"], t["layers"], 2)
+            model = shrink_embedding(GPT(config))
+            batches = DocumentBatches(shards, t["stories"], CONTEXT, seed, pack=False)
+            train_softly(model, batches, TrainConfig(t["steps"]), teach)
+            after.append(bench.excess(model))
+            print(f"  {name}, seed {seed}: {after[-1]}", flush=True)
+        yield row(name, "distilled", model_bytes(model) // 2, after)
+
+
+PARTS = {"bits": in_bits, "pruned": pruned, "distilled": distilled}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS, help="this one only")
+    parser.add_argument("--only", help="this way only, of the parts pruned or distilled")
+    parser.add_argument("--save", type=Path, help="folder of compress.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    bench, found = Bench(), []
+    for part in [args.part] if args.part else PARTS if args.save else ["bits"]:
+        for way in PARTS[part](bench, args.only):
+            found.append(way)
+            if args.save:
+                save(args.save / "compress.json", way)
+    if not args.save:
+        known = json.loads(asset("compress.json").read_text(encoding="utf-8"))["ways"]
+        same = {(r["name"], r["kind"]): r["excess"] for r in known}
+        off = [abs(a - b) for r in found for a, b in zip(r["excess"], same[r["name"], r["kind"]])]
+        print(f"largest difference from what was recorded: {max(off):.5f}")
+    by_name = {r["name"]: r["excess"][0] for r in found}
+    cost = by_name.get("int8 rows", 0) - by_name.get("float32", 0)
+    print(json.dumps({"name": "compress-record", "value": round(cost, 5),
+                      "unit": "nats per token lost at int8", "bar": 0.002}))
+
+
+def save(path: Path, way: dict) -> None:
+    "Put one way in the place of what was known of it, or behind all others."
+    ways = json.loads(path.read_text(encoding="utf-8"))["ways"] if path.exists() else []
+    key = lambda w: (w["name"], w["kind"])
+    ways = [way if key(w) == key(way) else w for w in ways]
+    ways += [] if way in ways else [way]
+    start = next((w["excess"][0] for w in ways if w["name"] == "float32"), None)
+    record = {"date": date.today().isoformat(), "torch": torch.__version__,
+              "command": "python experiments/compress.py --save llm_course/assets",
+              "stories": UNSEEN, "recover": RECOVER, "teach": TEACH, "start": start, "ways": ways}
+    with atomic_write(path, "w") as f:
+        f.write(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
