@@ -3,8 +3,8 @@
     python benchmarks/serve.py [--rounds N] [--size NAME]
 
 Three servers with the same weights behind the same API (FastAPI and uvicorn, each in a process of
-its own), and a client that asks all of them alike: completions of prompts of 16 random tokens, 32
-to 96 new tokens each, greedy, not streamed, over connections that stay open. The servers: the
+its own), and a client that asks all of them alike: completions of prompts of 16 random tokens, 24
+to 72 new tokens each, greedy, not streamed, over connections that stay open. The servers: the
 course's engine with 64 places; the same with one place; transformers' `generate` behind a lock, as
 one writes a first server (a quarter of the requests, one round). 1, 8 and 64 clients, each asks
 again as soon as it has its answer; the sides take turns, and the table shows medians of the rounds. Then the same engine streamed: time to
@@ -27,7 +27,7 @@ from generate import SHAPES, pair
 from llm_course.ship.engine import ServedModel
 from llm_course.ship.server import Api, make_app, run_server
 
-PROMPT, LOADS = 16, {1: 8, 8: 32, 64: 128}  # clients: requests
+PROMPT, LOADS = 16, {1: 6, 8: 24, 64: 96}  # clients: requests
 SIDES = ("64 places", "one at a time", "transformers")
 
 
@@ -80,7 +80,7 @@ def request_bytes(i: int, vocabulary: int, stream: bool) -> tuple:
     "A request as bytes, and how many tokens it asks for."
     g = torch.Generator().manual_seed(i)
     prompt = torch.randint(1, vocabulary, (PROMPT,), generator=g).tolist()
-    new = torch.randint(32, 97, (1,), generator=g).item()
+    new = torch.randint(24, 73, (1,), generator=g).item()
     body = json.dumps({"prompt": prompt, "max_tokens": new, "temperature": 0, "stream": stream})
     return (f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json"
             f"\r\ncontent-length: {len(body)}\r\n\r\n{body}").encode(), new
@@ -123,7 +123,7 @@ async def ask_all(port: int, asked: list, clients: int) -> list:
 def measure(port: int, clients: int, vocabulary: int, stream: bool = False, seed: int = 0,
             share: int = 1) -> dict:
     "Requests per second, and the seconds that half and 99 of 100 do not exceed."
-    n = LOADS[clients] // share
+    n = max(2, LOADS[clients] // share)
     asked = [request_bytes(1000 * seed + i, vocabulary, stream) for i in range(n)]
     begin = time.perf_counter()
     rows = asyncio.run(ask_all(port, asked, clients))
