@@ -289,23 +289,31 @@ def _room(self: TextGenerator, text: Continuation) -> int:
     return min(left, self.longest) if self.remembers else left
 
 # %% ../../nbs/51a_generate.write.ipynb #5ea7a004
-_SLACK = 32  # columns more than needed, so that newcomers find room without a copy
+_COLUMNS = 64  # are added at a time where newcomers take places: who asks for much may end early
 
 @patch
 def _seats(self: TextGenerator, coming: list) -> list[int]:
-    "Rows of ended texts for all who come in, if their memory has the room; else none."
+    "Rows of ended texts for all who come in, if their prompts fit in; else none."
     if not (self.every and coming and self.rows):
         return []
     dead = [i for i, text in enumerate(self.rows) if not text or text.ended]
-    filled, length = self.reader.filled + 1, self.reader.keys.shape[3]
-    fits = (max(len(self._seen(text)) for text in coming) <= filled
-            and filled + max(map(self._room, coming)) <= length)
+    fits = max(len(self._seen(text)) for text in coming) <= self.reader.filled + 1
     return dead[:len(coming)] if fits and len(dead) >= len(coming) else []
 
 @patch
 def _most_room(self: TextGenerator, texts: list) -> int:
     "How many positions their memory must have besides."
-    return max(map(self._room, texts)) + _SLACK * bool(self.every)
+    return _COLUMNS if self.every else max(map(self._room, texts))
+
+@patch
+def _make_room(self: TextGenerator) -> None:
+    "Where the memory is full, give back the columns that nobody uses, and add some."
+    cache = self.reader
+    if self.every and cache.filled == cache.keys.shape[3]:
+        dead = [i for i, text in enumerate(self.rows) if not text or text.ended]
+        cache.pads[torch.tensor(dead, dtype=torch.long, device=self.device)] = cache.filled - 1
+        cache.keep_rows(torch.arange(len(self.rows), device=self.device))
+        cache.join(KVCache(self.model, 0, 0, cache.keys.dtype), _COLUMNS)
 
 # %% ../../nbs/51a_generate.write.ipynb #f625c1fb
 @patch
@@ -371,6 +379,8 @@ def _sit_down(self: TextGenerator, coming: list, seats: list, before: Tensor, lo
 @patch
 def _next_logits(self: TextGenerator, coming: list) -> Tensor:
     "What follows each text: those in the batch read their last token, those that come in all."
+    if self.rows:
+        self._make_room()
     parts, seats = [], self._seats(coming)
     if self.rows:
         last = [text.tokens[-1] if text and text.tokens else 0 for text in self.rows]

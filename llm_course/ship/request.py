@@ -230,8 +230,9 @@ def read_wish(
         raise ApiError(f"there is no model {body['model']!r:.60} here, only {served.name!r}", 404,
                        "model_not_found", "model")
     _refuse_unsupported(body)
+    top = _number(body, "top_p", 1, 0, 1)
     sampling = {"temperature": float(_number(body, "temperature", 1.0, 0, 2)),
-                "top_p": _number(body, "top_p", None, 0, 1) or None}
+                "top_p": None if top == 1 else max(1e-9, top)}
     options = body.get("stream_options")
     usage = isinstance(options, dict) and _truth(options, "include_usage")
     tokens = _room(body, chat)
