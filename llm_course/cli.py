@@ -313,6 +313,23 @@ def _size_options(
     return {"size": preset, "budget": choose_budget(minutes, steps), "seed": seed,
             "changes": {k: v for k, v in changes.items() if v is not None} or None}
 
+# %% ../nbs/98b_cli.ipynb #5b1d90c3
+def _train_kind(arch: str | None, out: Path | None, settings, machine) -> bool:
+    "Train a model of another kind than the GPT, if that is asked for or lies there."
+    from llm_course.pipeline.arch import arch_folder, run_arch, train_arch
+    kind = arch or run_arch(out)
+    if kind == "gpt" == run_arch(out):
+        return False
+    folder = arch_folder(out, kind, settings)
+    run_with_progress(lambda reporter: train_arch(folder, kind, settings, reporter, machine),
+                      folder, "train")
+    return True
+
+def _say_next(folder: Path) -> None:
+    "What one does with a trained model."
+    typer.echo(f"Talk to it:  {shell_line('llm-course', 'chat', folder)}\n"
+               f"Report card: {shell_line('llm-course', 'build', '--out', folder)}")
+
 # %% ../nbs/98b_cli.ipynb #19f3808e
 @command
 @with_options(_text_options, _size_options, _machine_options)
@@ -321,6 +338,7 @@ def _train(
     sizes: dict,                 # From `_size_options`
     machine: dict,               # From `_machine_options`
     *,
+    arch: str | None = None,     # gpt unless chosen; ngram, window, rnn, lstm, gru, linear or moe
     out: Path | None = None,     # Folder of the run; by default runs/DATA-PRESET
     tracker: str | None = None,  # module:function that is given the numbers of each look
 ) -> None:
@@ -329,14 +347,15 @@ def _train(
     from llm_course.pipeline.run import Settings
     from llm_course.train.plan import Machine
     from llm_course.train.watch import find_tracker
-    folder, settings = usual_training(out, Settings(**text, **sizes))
-    how = Machine(**machine)
+    how, settings = Machine(**machine), Settings(**text, **sizes)
+    if _train_kind(arch, out, settings, how):
+        return
+    folder, settings = usual_training(out, settings)
     tell = find_tracker(tracker) if tracker and is_first_process() else None
-    run_with_progress(lambda reporter: pretrain(folder, settings, reporter, how, tell), folder,
-                      "train")
+    work = lambda reporter: pretrain(folder, settings, reporter, how, tell)
+    run_with_progress(work, folder, "train")
     if is_first_process():
-        typer.echo(f"Talk to it:  {shell_line('llm-course', 'chat', folder)}\n"
-                   f"Report card: {shell_line('llm-course', 'build', '--out', folder)}")
+        _say_next(folder)
 
 # %% ../nbs/98b_cli.ipynb #f7e373dd
 def _teaching_options(

@@ -45,6 +45,8 @@ def split_params(
     linear = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     inner = {i for i, name in linear.items() if name.split(".")[-1] != "head"} - tables
+    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    inner |= {id(p) for m in recurrent for p in m.parameters() if p.ndim == 2}
     params = [p for p in model.parameters() if p.requires_grad]
     return [p for p in params if id(p) in inner], [p for p in params if id(p) not in inner]
 
