@@ -9,6 +9,13 @@ import pytest
 import torch
 
 from llm_course.core import asset
+from llm_course.evaluate.people import (
+    blind_pairs,
+    expected_best,
+    judge_report,
+    rate_models,
+    weighted_kappa,
+)
 from llm_course.evaluate.harness import harness_model, run_harness, write_harness_task
 from llm_course.evaluate.scores import (
     Task,
@@ -25,9 +32,11 @@ from llm_course.evaluate.scores import (
     wilson_interval,
     write_task,
 )
+from llm_course.evaluate.tasks import as_letters, named_choice, village_tasks
 from llm_course.model.files import load_model
 from llm_course.tokens.exchange import load_tokenizer
 from llm_course.tokens.text import ByteTokenizer
+from llm_course.world import World
 
 WORDS = "the a cat dog's sat on mat. 3.5 1,000 self-made 9-10 (well) &amp; &quot;x&quot; é—ü ! ,".split()
 
@@ -252,3 +261,75 @@ def test_the_four_formats():
     assert task_item(question).right == (0, 2)
     mmlu = {"question": "a", "choices": list("wxyz"), "answer": "C"}
     assert task_item(mmlu).right == (2,) and task_item(mmlu).choices == tuple("ABCD")
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_benchmark_of_any_village_is_sound(seed):
+    world = World(seed=seed)
+    for task in village_tasks(world, n=160, seed=seed):
+        right = [item.right[0] for item in task.items]
+        assert all(20 <= right.count(place) <= 60 for place in range(4))  # no place gives it away
+        for item in task.items:
+            assert len(set(item.choices)) == 4
+            assert as_letters(item).right == item.right
+            answer = item.choices[item.right[0]]
+            if task.name in ("near", "question", "hop"):
+                assert all(c in {f[item.level] for f in world.facts.values()} for c in item.choices)
+            assert named_choice(f"It is {answer}.", item.choices) == answer
+
+
+def test_intervals_of_a_ranking_hold_what_they_promise():
+    g = torch.Generator().manual_seed(0)
+    true = torch.tensor([1.0, 0.3, 0.0, -1.3], dtype=torch.float64)
+    names, held = list("abcd"), 0
+    chance = (true[:, None] - true).sigmoid()
+    for _ in range(100):
+        wins = torch.binomial(torch.full((4, 4), 40.0, dtype=torch.float64), chance, generator=g).triu(1)
+        wins = wins + (40 - wins.mT).tril(-1)
+        found = {m.name: m for m in rate_models(wins, names)}
+        held += sum(found[n].low <= t <= found[n].high for n, t in zip(names, true.tolist()))
+    assert 0.92 < held / 400 < 0.98
+
+
+def test_a_ranking_without_a_finite_score_is_refused():
+    with pytest.raises(ValueError, match="c never beat a"):
+        rate_models(torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0]]), list("abc"))
+    with pytest.raises(ValueError, match="never beat"):
+        rate_models(torch.zeros(2, 2), ["a", "b"])
+    (a, b, c) = rate_models(torch.tensor([[0, 1, 0], [0, 0, 1], [1, 0, 0]]), list("abc"))
+    assert abs(a.score) + abs(b.score) + abs(c.score) < 1e-9  # a circle: nobody leads
+
+
+def test_two_biases_that_cancel_are_seen():
+    g = torch.Generator().manual_seed(0)
+    truth, pull = torch.randn(4000, generator=g), torch.randn(4000, generator=g)
+    report = judge_report(truth + pull, truth - pull, truth, torch.ones(4000))
+    assert report.first.low < 0.5 < report.first.high and report.same.high < 0.75
+    one_way = judge_report(truth + 1, truth - 1, truth, torch.ones(4000))
+    assert one_way.first.low > 0.7
+    fair = judge_report(truth, truth, truth, -truth)
+    assert (fair.agrees.share, fair.first.share, fair.same.share, fair.longer.share) == (1, 0.5, 1, 0)
+
+
+def test_weighted_kappa_is_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = random.Random(0)
+    for _ in range(50):
+        a, b = ([rng.randint(1, 5) for _ in range(12)] for _ in range(2))
+        for power, weights in ((0, None), (1, "linear"), (2, "quadratic")):
+            want = metrics.cohen_kappa_score(a, b, labels=range(1, 6), weights=weights)
+            assert weighted_kappa(a, b, power) == pytest.approx(want, abs=1e-9)
+
+
+def test_every_two_writers_meet_and_no_side_is_favoured():
+    plan = blind_pairs(list("abcde"), 30, 1000)
+    left = [bout.left for bout in plan]
+    assert all(160 < left.count(name) < 240 for name in "abcde")
+    assert all(bout.left != bout.right and 0 <= bout.prompt < 30 for bout in plan)
+
+
+def test_the_best_of_equals():
+    assert expected_best(1, 50, 0.3) == pytest.approx(0.3)
+    assert expected_best(5, 50, 0.0) == 0 and expected_best(5, 50, 1.0) == pytest.approx(1)
+    rising = [expected_best(k, 50, 0.3) for k in (1, 2, 5, 20, 100)]
+    assert rising == sorted(rising) and rising[-1] < 0.6
