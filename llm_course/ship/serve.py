@@ -130,8 +130,11 @@ def _is_here(host: str) -> bool:
 # %% ../../nbs/92_ship.serve.ipynb #80f12874
 def _append_to(path: Path) -> Callable:
     "A function that writes a record as a line of a file."
-    file = open(path, "a", encoding="utf-8", buffering=1)
-    return lambda record: file.write(json.dumps(record) + "\n")
+    def write(*records):
+        with open(path, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(record) + "\n" for record in records)
+    write()  # can it be written at all?
+    return write
 
 # %% ../../nbs/92_ship.serve.ipynb #329ac281
 def door(

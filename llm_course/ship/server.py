@@ -360,7 +360,7 @@ class Api:
 @patch
 async def _begin(self: Api, request, chat: bool) -> Call:
     "Read and check a request, and ask the engine. Raises `ApiError`."
-    who = request.headers.get("authorization") or getattr(request.client, "host", "")
+    who = getattr(request.client, "host", "")  # not what it says of itself
     if self.rules.admit and (wait := self.rules.admit(who)) > 0:
         raise ApiError(f"too many requests; try again in {wait:.1f} seconds", 429,
                        "rate_limit_exceeded", wait=wait)
