@@ -481,30 +481,47 @@ def _serve(
     serve(_opened(run, device, stage), rules, host, port, batch_size=batch, line=line,
           seconds=seconds)
 
-# %% ../nbs/98b_cli.ipynb #e86f07e5
-@command
-def _eval(
-    run: Path | None = None,    # A run's folder; by default the model that ships
+# %% ../nbs/98b_cli.ipynb #7d21c6e4
+def _judging_options(
     *,
     data: str | None = None,    # Text to judge by; by default what the run held back
     column: str = "text",       # Which column holds the text, where there are columns
-    limit: int | None = None,   # Read at most so many documents
+    limit: int | None = None,   # At most so many documents, and items of each task
     device: str | None = None,  # cuda, mps or cpu; by default the fastest
+    tasks: str = "",            # Task files, with commas between; with --harness lm_eval's names
+    harness: bool = False,      # Let lm-evaluation-harness put the tasks?
+) -> dict:                      # For `judge_runs`
+    "What models are judged by."
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    return {"data": data, "column": column, "limit": limit, "device": device, "tasks": names,
+            "harness": harness}
+
+# %% ../nbs/98b_cli.ipynb #e86f07e5
+@command
+@with_options(_judging_options)
+def _eval(
+    how: dict,                  # From `_judging_options`
+    run: Path | None = None,    # A run's folder; by default the model that ships
+    other: Path | None = None,  # Another run, to compare with it on the same documents
+    *,
+    out: Path | None = None,    # Folder of eval.json and eval.html; by default the run's
     json: bool = False,         # Print JSON instead of a table?
 ) -> None:
-    "Loss, perplexity, bits per byte and per character; on the story world the excess, too."
-    from llm_course.pipeline.build import grade_model
-    figures = grade_model(run, data, column, limit, device)
-    if json:
-        typer.echo(_as_json(figures))
-        return
-    for name, value in figures.items():
-        typer.echo(f"{name.replace('_', ' '):<20}{value:,}" if isinstance(value, int) else
-                   f"{name.replace('_', ' '):<20}{value:.4f}")
+    "Loss, bits per byte, tasks, with intervals; two runs: do they differ? A table and a page."
+    from llm_course.evaluate.compare import judgement_dict, judgement_lines
+    from llm_course.pipeline.evaluate import judge_runs, write_judgement
+    judged = judge_runs([run] if other is None else [run, other], **how)
+    lines = [_as_json(judgement_dict(judged))] if json else judgement_lines(judged)
+    out = out or (run if other is None else Path("runs") / "eval")
+    if out is not None:
+        made = write_judgement(judged, out)
+        lines += [] if json else [f"Written: {made[0]}, {made[1]}"]
+    for line in lines:
+        typer.echo(line if json else visible_text(line))
 
 def _as_json(figures: dict) -> str:
     "Figures for another program."
-    return json.dumps({k: round(v, 6) for k, v in figures.items()})
+    return json.dumps(figures)
 
 # %% ../nbs/98b_cli.ipynb #68cfa39a
 @command

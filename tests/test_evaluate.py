@@ -1,10 +1,15 @@
 "Is my loss normal? Each mistake is planted in a tiny training and must be found by its own name."
+import json
 import math
 
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from llm_course import cli
+from llm_course.evaluate.loss import (
+    bits_per_byte, bootstrap_interval, calibration_error, document_losses, paired_test)
 from llm_course.evaluate.yardsticks import (
     YardstickWatch, diagnose_loss, loss_verdict, measure_yardsticks)
 from llm_course.model.block import LLAMA
@@ -147,3 +152,92 @@ def test_a_rate_that_is_far_too_high_diverges():
 @pytest.mark.parametrize("rows", [[], [{"train": None, "valid": None}], [{"train": 2.0, "valid": None}]])
 def test_a_log_that_says_nothing_is_told_nothing(rows):
     assert diagnose_loss(rows, YARD) == diagnose_loss(rows, {}) == []
+
+
+# --- Numbers that can be trusted, and bad input -------------------------------------------------
+
+class Spelled:
+    "Letters a to k as tokens; 11 ends a text."
+    end_id = 11
+
+    def encode(self, text):
+        return ["abcdefghijk".index(c) for c in text]
+
+
+def test_long_documents_are_counted_whole_whatever_the_batch():
+    texts = ["abcdefghijk" * 9, "a", "", "kk" * 40]
+    model = Mistaken()
+    read = document_losses(model, Spelled(), texts, T)
+    assert read.tokens.tolist() == [100, 2, 1, 81] and read.bytes.tolist() == [99, 1, 0, 80]
+    other = document_losses(model, Spelled(), texts, T, batch_size=1)
+    assert torch.allclose(read.nats, other.nats, atol=1e-3)
+
+
+def test_no_text_no_bytes_no_guess_and_unequal_documents():
+    with pytest.raises(ValueError, match="no text to judge by"):
+        document_losses(Mistaken(), Spelled(), [], T)
+    with pytest.raises(ValueError, match="empty text"):
+        bits_per_byte(1.0, 3, 0)
+    assert calibration_error([]) == 0
+    one = torch.ones(1)
+    with pytest.raises(ValueError, match="at least two"):
+        paired_test(one, one, one)
+    assert bootstrap_interval(one, one) == (1, 1)
+
+
+def test_logits_that_are_no_numbers_are_said(tmp_path):
+    from llm_course.pipeline.build import load_run
+    from llm_course.pipeline.evaluate import judge_model
+    loaded = load_run(None, "cpu")
+    loaded.model.head.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="is the model broken"):
+        judge_model(loaded, ["One day."])
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "Two trainings on one text, and one on another."
+    folder = tmp_path_factory.mktemp("runs")
+    text = "".join(f"The {a} saw the {b}.\n\n" for a in "cat dog hen".split()
+                   for b in "moon mouse ball".split()) * 30
+    for name, seed, words in (("a", 0, text), ("b", 1, text), ("c", 0, text.replace("cat", "pig"))):
+        data = folder / f"{'other' if name == 'c' else 'rhyme'}.txt"
+        data.write_text(words, encoding="utf-8")
+        told = call("train", "--data", data, "--tokenizer", "char", "--layers", 1, "--width", 32,
+                    "--steps", 50, "--seed", seed, "--out", folder / name, "--device", "cpu")
+        assert "yardsticks  uniform" in told and "Its best loss is" in told
+        assert "unigram" in told.split("trained  ")[1]  # beside the curve
+    return folder
+
+
+def test_eval_of_two_runs_tests_whether_they_differ(runs):
+    out = call("eval", runs / "a", runs / "b", "--device", "cpu", "--out", runs / "out")
+    assert "bits per byte: " in out and "p = " in out and "eval.html" in out
+    read = json.loads((runs / "out" / "eval.json").read_text(encoding="utf-8"))
+    assert len(read["runs"]) == 2 and 0 < read["first_minus_second"]["bits_per_byte"]["p_value"] <= 1
+    assert "Do they differ?" in (runs / "out" / "eval.html").read_text(encoding="utf-8")
+    same = call("eval", runs / "a", runs / "a", "--device", "cpu", "--out", runs / "out")
+    assert "no difference" in same
+
+
+def test_eval_of_one_run_has_intervals_and_writes_both_files(runs):
+    out = call("eval", runs / "a", "--device", "cpu")
+    assert " to " in out and "counting" in out and (runs / "a" / "eval.html").exists()
+    read = json.loads(call("eval", runs / "a", "--device", "cpu", "--json"))
+    assert read["intervals"]["loss"][0] < read["loss"] < read["intervals"]["loss"][1]
+
+
+def test_eval_says_what_it_cannot_do(runs):
+    assert "--data" in call("eval", runs / "a", runs / "c", code=2)
+    assert "limit is 0" in call("eval", runs / "a", "--limit", 0, code=2)
+    assert "without tasks" in call("eval", runs / "a", "--harness", code=2)
+    empty = runs / "empty.txt"
+    empty.write_text("", encoding="utf-8")
+    assert "text" in call("eval", runs / "a", "--data", empty, code=2)
+    assert "no-such" in call("eval", runs / "a", "--tasks", runs / "no-such.jsonl", code=2)

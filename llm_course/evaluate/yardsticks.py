@@ -11,7 +11,6 @@ import math, zlib
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
-from ..core import patch
 from ..model.ngram import NGram
 
 # %% ../../nbs/54a_evaluate.yardsticks.ipynb #c56fee40

@@ -21,6 +21,7 @@ from ..core import atomic_write, patch, pick_device
 from ..data.batches import DocumentBatches, one_pass
 from ..data.files import read_texts
 from ..data.shards import memory_shards
+from ..evaluate.loss import bits_per_byte, perplexity
 from ..evaluate.yardsticks import loss_verdict
 from ..generate.write import sample_batch, generate
 from ..guard import reading, refuse_links, shell_line, visible_text
@@ -30,8 +31,7 @@ from .assistant import (
     MODEL_FILES, Teaching, assistant_sections, assistant_stages, model_files)
 from .pretrain import (
     count_passing, decode_documents, first_texts, n_predictions, token_parts)
-from .report import (
-    Report, Sample, bits_per_byte, grid_html, perplexity, short_number)
+from .report import Report, Sample, grid_html, short_number
 from .run import (
     Run, Settings, read_json, read_stages, run_stages)
 from ..tokens.exchange import load_tokenizer
