@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['held_texts', 'common_texts', 'cut_passages', 'judge_model', 'judge_runs', 'judgement_page', 'write_judgement']
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #095b9daa
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #57ffb804
 import json, math
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from .report import Report, grid_html
 from .run import read_stages
 from ..world.story import World
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #6bfc2884
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #101a2861
 _JUDGE_BYTES, _STORIES = 2_000_000, 400  # at most
 
 def _facts(folder: Path | None) -> dict:
@@ -40,7 +40,7 @@ def held_texts(
     stored = decode_documents(token_parts(folder, _facts(folder))[1], tokenizer)
     return [text for text, _ in first_texts(((text, True) for text in stored), _JUDGE_BYTES)[0]]
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #d8125fcd
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #9cae1d58
 def common_texts(
     folders: list[Path | None], # One or two runs; None: the model that ships
     models: list[LoadedModel],  # They, loaded
@@ -57,14 +57,14 @@ def common_texts(
                          "may have read. Name a text that is new to both with --data")
     return held_texts(folders[0], models[0].tokenizer)[:limit]
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #43c78868
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #6efc9fe5
 def _read(data: str, column: str, limit: int | None) -> list[str]:
     "Documents of a text that was named."
     if data == "world":
         return World(seed=0).sample(limit or _STORIES, seed=1_000_000)
     return [text for text in islice(read_texts(data, column=column, limit=limit), limit) if text]
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #d3e2334a
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #54d6e851
 _FEW = 20  # documents; with fewer there is too little to compare
 
 def cut_passages(
@@ -83,7 +83,7 @@ def cut_passages(
             start = end
     return passages
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #49becf2a
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #26e37409
 def _add_world(judged: JudgedModel, loaded: LoadedModel, texts: list[str]) -> None:
     "What only the story world can tell: the floor, and the share of possible stories."
     world = World(seed=0)
@@ -92,7 +92,7 @@ def _add_world(judged: JudgedModel, loaded: LoadedModel, texts: list[str]) -> No
     told = [math.isfinite(world.log_prob(story)) for story in loaded.write_stories(50)]
     judged.more["possible"] = Figure(*wilson_interval(sum(told), len(told)))
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #8e114fbb
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #ff771f5c
 def judge_model(
     loaded: LoadedModel,      # From `load_run`
     texts: list[str],         # Documents that it was not trained on
@@ -115,13 +115,13 @@ def judge_model(
         judged.tasks = (run_harness if harness else run_tasks)(model, tokenizer, tasks, limit)
     return judged
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #ca526331
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #a519ba63
 def _beside_yardsticks(judged: JudgedModel, folder: Path | None) -> list[str]:
     "Where its loss lies between the yardsticks that its run measured."
     marks = _facts(folder).get("tokens", {}).get("yardsticks", {})
     return [f"{judged.name}: {place_loss(judged.read.loss, marks)}"] if marks else []
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #c53ec43d
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #3754f4ad
 def judge_runs(
     folders: list[Path | None],  # One run or two; None: the model that ships
     data: str | None = None,     # A text to judge by; by default what they held back
@@ -148,7 +148,7 @@ def judge_runs(
         one.notes += _beside_yardsticks(one, folder) if data is None else []
     return judged
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #580f5af0
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #5797890d
 def _differ_part(models: list[JudgedModel]) -> tuple[str, str, str]:
     "Of a page: do two models differ? Heading, sentences, table."
     names, tests = tuple(model.name for model in models), compare_models(*models)
@@ -158,7 +158,7 @@ def _differ_part(models: list[JudgedModel]) -> tuple[str, str, str]:
     columns = ["first minus second", "difference", "standard error", "p", "documents or items"]
     return "Do they differ?", said, grid_html(columns, rows)
 
-# %% ../../nbs/95g_pipeline.evaluate.ipynb #26b666a8
+# %% ../../nbs/95g_pipeline.evaluate.ipynb #c297defd
 def judgement_page(
     models: list[JudgedModel], # One or two
 ) -> Report:                   # The page's content
