@@ -280,7 +280,8 @@ def turn(
         going = self.writer.step()
     except Exception as error:
         why = str(error) or type(error).__name__
-    self.failed = why
+    if why or going:  # a step that only tidies up says nothing
+        self.failed = why
     now = time.monotonic()
     self.observe("step", now - began)
     with self.wake:
