@@ -45,7 +45,8 @@ def command(
     wrapper, parameters = plain_errors(_with_home(fn)), []
     for name, p in inspect.signature(fn).parameters.items():
         kind = typer.Option if p.kind is p.KEYWORD_ONLY else typer.Argument
-        info = kind(help=told.get(name, ""), show_default=p.default is not None)
+        own = [f"--{name[:-1]}"] if name.endswith("_") else []  # from_ is --from
+        info = kind(*own, help=told.get(name, ""), show_default=p.default is not None)
         parameters.append(p.replace(annotation=Annotated[p.annotation, info]))
     wrapper.__signature__ = inspect.Signature(parameters)
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -330,19 +331,25 @@ def _say_next(folder: Path) -> None:
     typer.echo(f"Talk to it:  {shell_line('llm-course', 'chat', folder)}\n"
                f"Report card: {shell_line('llm-course', 'build', '--out', folder)}")
 
-# %% ../nbs/98b_cli.ipynb #19f3808e
-@command
-@with_options(_text_options, _size_options, _machine_options)
-def _train(
-    text: dict,                  # From `_text_options`
-    sizes: dict,                 # From `_size_options`
-    machine: dict,               # From `_machine_options`
-    *,
-    arch: str | None = None,     # gpt unless chosen; ngram, window, rnn, lstm, gru, linear or moe
-    out: Path | None = None,     # Folder of the run; by default runs/DATA-PRESET
-    tracker: str | None = None,  # module:function that is given the numbers of each look
-) -> None:
-    "Train a model by a preset; also under torchrun. The same command continues a run."
+# %% ../nbs/98b_cli.ipynb #02a2cc69
+def _tune(source: str, out: Path | None, text: dict, sizes: dict, device: str | None) -> None:
+    "Teach a model of somebody else a text."
+    from llm_course.pipeline.run import usual_folder
+    from llm_course.pipeline.weights import tune_into_run
+    budget, changes, data = sizes["budget"], sizes["changes"] or {}, text["data"]
+    if not data or (budget and not budget.steps):
+        raise ValueError("train --from needs a text: give --data; and say how long by --steps")
+    names = {"lr": "lr", "context_length": "context_length", "batch_size": "batch_size"}
+    how = {ours: changes[name] for name, ours in names.items() if name in changes}
+    how |= {"steps": budget.steps} if budget else {}
+    folder = out or usual_folder(data, "tuned")
+    tune_into_run(source, folder, data, text["column"] or "text", text["limit"], device,
+                  seed=sizes["seed"] or 0, **how)
+    typer.echo(f"Talk to it:  {shell_line('llm-course', 'chat', folder)}")
+
+# %% ../nbs/98b_cli.ipynb #1885d387
+def _train_preset(text, sizes, machine, arch, out, tracker) -> None:
+    "Train a model of any kind from its beginning."
     from llm_course.pipeline.pretrain import pretrain, usual_training
     from llm_course.pipeline.run import Settings
     from llm_course.train.plan import Machine
@@ -356,6 +363,24 @@ def _train(
     run_with_progress(work, folder, "train")
     if is_first_process():
         _say_next(folder)
+
+# %% ../nbs/98b_cli.ipynb #19f3808e
+@command
+@with_options(_text_options, _size_options, _machine_options)
+def _train(
+    text: dict,                  # From `_text_options`
+    sizes: dict,                 # From `_size_options`
+    machine: dict,               # From `_machine_options`
+    *,
+    arch: str | None = None,     # gpt unless chosen; ngram, window, rnn, lstm, gru, linear or moe
+    out: Path | None = None,     # Folder of the run; by default runs/DATA-PRESET
+    from_: str | None = None,    # Teach this model instead (run, folder, .gguf, hf:NAME), by LoRA
+    tracker: str | None = None,  # module:function that is given the numbers of each look
+) -> None:
+    "Train a model by a preset; also under torchrun. The same command continues a run."
+    if from_:
+        return _tune(from_, out, text, sizes, machine["device"])
+    _train_preset(text, sizes, machine, arch, out, tracker)
 
 # %% ../nbs/98b_cli.ipynb #f7e373dd
 def _teaching_options(
@@ -416,7 +441,7 @@ def _align(
 # %% ../nbs/98b_cli.ipynb #25ffd06f
 @command
 def _chat(
-    run: Path | None = None,   # A run's folder; by default the assistant that ships
+    run: Path | None = None,   # A run, a folder of Hugging Face, a .gguf file, or hf:NAME
     *,
     stage: str | None = None,  # base, sft or assistant; by default the last that there is
     temperature: float = 0.8,  # How daring it writes; 0 is greedy
@@ -448,9 +473,9 @@ def _share(
 # %% ../nbs/98b_cli.ipynb #5e10a1b3
 def _opened(run: Path | None, device: str | None, stage: str | None):
     "A model that is ready to be served."
-    from llm_course.pipeline.build import load_run
+    from llm_course.pipeline.weights import open_model
     from llm_course.ship.engine import served_model
-    loaded = load_run(run, device, stage)
+    loaded = open_model(run, device, stage)
     name = run.name if run else f"llm-course-{loaded.stage}"
     return served_model(name, loaded.model, loaded.tokenizer, loaded.documents,
                         chat=loaded.stage != "base")
@@ -458,7 +483,7 @@ def _opened(run: Path | None, device: str | None, stage: str | None):
 # %% ../nbs/98b_cli.ipynb #5e10a1b4
 @command
 def _serve(
-    run: Path | None = None,    # A run's folder; by default the assistant that ships
+    run: Path | None = None,    # A run, a folder of Hugging Face, a .gguf file, or hf:NAME
     *,
     stage: str | None = None,   # base, sft or assistant; by default the last that there is
     host: str = "127.0.0.1",    # Where to listen; beyond this machine only with a key
@@ -496,6 +521,24 @@ def _judging_options(
     return {"data": data, "column": column, "limit": limit, "device": device, "tasks": names,
             "harness": harness}
 
+# %% ../nbs/98b_cli.ipynb #6eb3483f
+def _grade_foreign(run: Path | None, how: dict, json: bool) -> bool:
+    "Grade a folder of Hugging Face, a GGUF file or hf:NAME; False for a run."
+    from llm_course.pipeline.weights import grade_any, kind_of_model
+    named = run is not None and (str(run).startswith("hf:") or run.exists())
+    if not named or kind_of_model(run) == "a run":
+        return False
+    known = {name: how[name] for name in ("data", "column", "limit", "device") if how.get(name)}
+    figures = grade_any(run, **known)
+    for line in [_as_json(figures)] if json else [f"{k.replace('_', ' '):<20}{v:,.4g}"
+                                                  for k, v in figures.items()]:
+        typer.echo(line)
+    return True
+
+def _as_json(figures: dict) -> str:
+    "Figures for another program."
+    return json.dumps(figures)
+
 # %% ../nbs/98b_cli.ipynb #e86f07e5
 @command
 @with_options(_judging_options)
@@ -510,6 +553,8 @@ def _eval(
     "Loss, bits per byte, tasks, with intervals; two runs: do they differ? A table and a page."
     from llm_course.evaluate.compare import judgement_dict, judgement_lines
     from llm_course.pipeline.evaluate import judge_runs, write_judgement
+    if other is None and _grade_foreign(run, how, json):
+        return
     judged = judge_runs([run] if other is None else [run, other], **how)
     lines = [_as_json(judgement_dict(judged))] if json else judgement_lines(judged)
     out = out or (run if other is None else Path("runs") / "eval")
@@ -519,9 +564,23 @@ def _eval(
     for line in lines:
         typer.echo(line if json else visible_text(line))
 
-def _as_json(figures: dict) -> str:
-    "Figures for another program."
-    return json.dumps(figures)
+# %% ../nbs/98b_cli.ipynb #52310279
+@command
+def _export(
+    run: Path | None = None,   # A run, a folder of Hugging Face, a .gguf file, or hf:NAME
+    *,
+    format: str = "hf",        # hf, gguf or safetensors
+    kind: str = "F32",         # Of the weights: F32, F16, BF16; for gguf Q8_0, Q4_0 or Q4_1, too
+    out: Path | None = None,   # Where to; by default NAME-hf, NAME.gguf or NAME-safetensors
+    stage: str | None = None,  # base, sft or assistant; by default the last that there is
+) -> None:
+    "Write a model in a format that other programs read."
+    from llm_course.pipeline.weights import export_model, open_model
+    loaded = open_model(run, "cpu", stage)
+    name = Path(loaded.name).stem
+    out = out or Path(f"{name}.gguf" if format == "gguf" else f"{name}-{format}")
+    for line in export_model(loaded, out, format, kind):
+        typer.echo(visible_text(line))
 
 # %% ../nbs/98b_cli.ipynb #68cfa39a
 @command

@@ -13,7 +13,7 @@ from .align.answers import stream_answer
 from .core import atomic_write, patch
 from .guard import visible_text
 from .handout import free_name_beside
-from .pipeline.build import load_run
+from .pipeline.weights import open_model
 from .terminal import error_line
 
 # %% ../nbs/97c_conversation.ipynb #499b73a3
@@ -204,7 +204,7 @@ def _show(text: str) -> None:
 
 # %% ../nbs/97c_conversation.ipynb #d7d69f4c
 def chat_in_terminal(
-    run: Path | None = None,             # A run's folder; by default the assistant that ships
+    run: Path | None = None,             # Any model, see `open_model`; by default the assistant
     stage: str | None = None,            # base, sft or assistant; by default the last there is
     temperature: float = 0.8,            # How daring it writes; 0 is greedy
     tokens: int = 200,                   # Most tokens that it writes at a time
@@ -214,7 +214,7 @@ def chat_in_terminal(
 ) -> None:
     "Talk to a model, or let it answer each line."
     _check_chosen(temperature, tokens, seed)
-    loaded = load_run(run, device, stage)
+    loaded = open_model(run, device, stage)
     kind = Storytelling if loaded.stage == "base" else Conversation
     talk, typing = kind(loaded, temperature, tokens, seed), lines is None
     if typing:

@@ -79,7 +79,8 @@ def add_chat_tokens(
     missing = [name for name in CHAT_TOKENS if name not in tokenizer.special_tokens]
     ids = {name: tokenizer.vocab_size + i for i, name in enumerate(missing)}
     special = {**tokenizer.special_tokens, **ids}
-    grown = type(tokenizer)(tokenizer.ranks, special, tokenizer.pattern)
+    kind, (ranks, _, *rest) = tokenizer.__reduce__()
+    grown = kind(ranks, special, *rest)
     if model is None:
         return grown, None
     known = grown.vocab_size - len(CHAT_TOKENS)
@@ -102,6 +103,10 @@ def render(
 ) -> Rendered:            # Ids and loss mask
     "Write a conversation as token ids; special tokens in what people say stay text."
     check_messages(messages)
+    if form := getattr(tokenizer, "chat_form", None):  # a model of others, see 22c_tokens.hub
+        tokens = form.tokens(tokenizer, messages, reply)
+        return Rendered(tokens, [False] * len(tokens) if reply
+                        else form.learned(tokenizer, messages))
     special = tokenizer.special_tokens
     tokens, loss_mask = [tokenizer.end_id], [False]
     for message in messages:
@@ -112,6 +117,7 @@ def render(
         tokens, loss_mask = [*tokens, special["<|assistant|>"]], [*loss_mask, False]
     return Rendered(tokens, loss_mask)
 
+# %% ../../nbs/71a_align.chat.ipynb #ce20458d
 def render_text(
     messages: list[dict], # Each {"role": ..., "content": ...}
     reply: bool = False,  # End with <|assistant|>, ready for an answer?
@@ -179,7 +185,8 @@ def recent_messages(
     first, rest = messages[:n_system], messages[n_system:]
     room, start = longest - len(render(tokenizer, first, reply=True).tokens), len(rest)
     while start and room >= 0:  # from the end: what is forgotten is not even looked at
-        room -= len(tokenizer.encode(" " + rest[start - 1]["content"])) + 2
+        room -= len(tokenizer.encode(" " + rest[start - 1]["content"])) + (
+            8 if getattr(tokenizer, "chat_form", None) else 2)  # and the tokens around it
         start -= room >= 0
     if start == len(rest) and rest or room < 0 and not rest:
         raise ValueError(f"the last message is too long: all has to fit into {longest} tokens")
