@@ -33,7 +33,7 @@ def choose_scales(
     symmetric: bool = True, # Is code 0 always nought?
     dtype: torch.dtype = torch.float16, # In which the scales are kept
 ) -> tuple[Tensor, Tensor]: # Scales in float32, and the codes that mean nought, (...) each
-    "The finest scale with which no number of a group is cut off."
+    "The finest scale with which nothing is cut off, but for the rounding of the scale itself."
     most = 2 ** (bits - 1) - 1
     if symmetric:
         span, steps = groups.abs().amax(dim=-1), most
