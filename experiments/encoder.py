@@ -14,7 +14,6 @@ and the bar is 0.
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from llm_course.data import files, shards as data
 from llm_course.data.batches import DocumentBatches, RandomWindows, held_out, one_pass
-from llm_course.data.files import dataset_texts, read_texts
+from llm_course.data.files import read_texts
 from llm_course.data.shards import Shards, memory_shards, write_shards
 from llm_course.tokens.bpe import BPETokenizer
 from llm_course.tokens.text import ByteTokenizer, CharTokenizer, WordTokenizer

@@ -16,7 +16,7 @@ from llm_course.core import asset
 from llm_course.evaluate.history import HISTORY, linked_rows, place_on_axis, tell_linked
 from llm_course.model.experts import (
     ExpertGPT, Experts, ExpertsConfig, drop_beyond, route_tokens, run_experts)
-from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.model.gpt import GPTConfig
 from llm_course.model.kinds import MODEL_KINDS, load_kind, make_kind, save_kind, training_flops
 from llm_course.model.recurrent import RecurrentLayer, linear_scan
 from llm_course.tokens.text import WordTokenizer
