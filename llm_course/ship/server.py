@@ -10,6 +10,7 @@ import asyncio, base64, hashlib, hmac, ipaddress, json, math, re, socket, thread
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from typing import AsyncIterator, Callable, Iterator
 from ..core import asset, need, patch
@@ -256,6 +257,11 @@ def _chances(chances: list, tokenizer, chat: bool) -> dict:
             "top_logprobs": [{m["token"]: m["logprob"] for m in more} for more in best],
             "text_offset": []}
 
+# %% ../../nbs/91c_ship.server.ipynb #5d0c71ab
+def _date() -> int:
+    "Seconds since 1970, as the API tells them; durations are measured by `time.monotonic`."
+    return int(datetime.now(timezone.utc).timestamp())
+
 # %% ../../nbs/91c_ship.server.ipynb #b30d096f
 class Teller:
     "Says in OpenAI's form what a call gives."
@@ -268,7 +274,7 @@ class Teller:
         kind = "chat.completion" if self.chat else "text_completion"
         start = "chatcmpl" if self.chat else "cmpl"
         self.frame = {"id": f"{start}-{uuid.uuid4().hex}", "object": kind,
-                      "created": int(time.time()), "model": served.name}
+                      "created": _date(), "model": served.name}
 
     def usage(self) -> dict:
         "How many tokens were read and written."
@@ -339,7 +345,7 @@ class Api:
         self.served, self.rules, self.metrics = served, rules, Metrics()
         self.engine = Engine(served, observe=self.metrics.observe, deliver=self._deliver,
                              **options)
-        self.loop, self.since = None, int(time.time())
+        self.loop, self.since = None, _date()
 
     def _deliver(self, pieces: list) -> None:
         "From the engine's thread to the server's loop."
@@ -384,7 +390,7 @@ def _finish(self: Api, endpoint: str, begun: float, status: int, call: Call | No
         self.metrics.add("tokens_total", n, kind=kind)
     if self.rules.log:
         first = call.first - call.begun if call and call.first else None
-        self.rules.log({"time": time.time(), "endpoint": endpoint, "status": status,
+        self.rules.log({"time": _date(), "endpoint": endpoint, "status": status,
                         "prompt_tokens": asked, "new_tokens": new, "first": first,
                         "seconds": seconds, "ended": call.ended if call else []})
 
