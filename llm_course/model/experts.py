@@ -149,7 +149,6 @@ class ExpertGPT(GPT):
         super().__init__(config)
         self.experts, style = experts, config.style
         for block in self.blocks:
-            dense = block.feed_forward
             block.feed_forward = layer = Experts(config.d_model, experts, style.activation)
             for expert in layer.experts:
                 block.feed_forward = expert
