@@ -1,6 +1,7 @@
 "The lessons keep the rules of the course (rules.py)."
 
 import ast
+import json
 import re
 import statistics
 import subprocess
@@ -243,3 +244,18 @@ def test_the_index_lists_each_notebook_once():
             assert bool(found[2]) != lesson.is_engine_room, f"{lesson.name}: only lessons have minutes"
             said.append(found.groups(default=""))
     assert sorted(listed) == said, f"notebooks say {said}, the index {listed}"
+
+
+def test_the_ways_of_the_index_take_as_long_as_it_says():
+    index = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))
+    texts = ["".join(cell["source"]) for cell in index["cells"]]
+    minutes = {name: int(m) for name, m in re.findall(
+        r"\| \[([\w.]+)\]\(\1\.ipynb\) \|[^|\n]+\| (\d+) \|", "\n".join(texts))}
+    assert f"{sum(minutes.values()) / 60:.0f} hours in all" in "".join(texts)
+    ways = next(text for text in texts if text.startswith("## Which way?"))
+    rows = re.findall(r"^\| ([^|\n]+) \| (\[.+) \| ([\d.]+) \|$", ways, re.M)
+    assert len(rows) >= 5
+    for want, links, hours in rows:
+        names = re.findall(r"\[(\w+)\]\((\1_[\w.]+)\.ipynb\)", links)
+        total = sum(minutes[name] for _, name in names)
+        assert len(names) == links.count("](") and f"{total / 60:.1f}" == hours, (want, total / 60)
