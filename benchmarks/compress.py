@@ -17,11 +17,9 @@ int8 product is.
 import argparse
 import copy
 import json
-import statistics
-import time
 import warnings
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 from torch import nn
 
@@ -35,6 +33,7 @@ from llm_course.ship.quantize import (
     QuantLinear, model_bytes, quantize_model, quantize_weight)
 from llm_course.tokens.exchange import load_tokenizer
 from llm_course.train.loop import evaluate
+from llm_course.train.meter import take_turns
 from llm_course.world import World
 
 
@@ -87,17 +86,6 @@ def ways(make, grams: dict) -> dict:
         if (model := by_torchao(make(), kind)) is not None:
             found[kind], sizes[kind] = model, ao_bytes(model)
     return {name: (model, sizes[name]) for name, model in found.items()}
-
-
-def take_turns(sides: dict, rounds: int) -> dict:
-    "Median seconds of each function; each round calls all of them, the first for warm-up."
-    seconds = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, work in sides.items():
-            start = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def product(rounds: int, size: int = 4096) -> dict:

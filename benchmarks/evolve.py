@@ -14,12 +14,11 @@ tokens with low-rank changes, and 1 everywhere.
 import copy
 import importlib.util
 import json
-import statistics
 import sys
-import time
 import warnings
+from functools import partial
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 import torch.nn.functional as F
 
@@ -29,6 +28,7 @@ from llm_course.evolve.stack import draw_low_rank
 from llm_course.evolve.vectors import dense_candidates, flatten_model, parameter_shapes
 from llm_course.model.block import Style
 from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
+from llm_course.train.meter import take_turns
 from llm_course.train.runner import keep_memory
 
 ROUNDS, POPULATION, VOCAB, CONTEXT, SIGMA = 7, 256, 56, 32, 0.05
@@ -36,22 +36,10 @@ STYLE = Style(norm="rms-plain", position="none", activation="relu2", bias=True, 
 SIZES = (32, 128, 512, 2048)
 
 
-def take_turns(sides: dict, rounds: int = ROUNDS) -> dict:
-    "Median seconds of each function; each round calls every one of them once."
-    seconds = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, work in sides.items():
-            start = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
 def peak_flops() -> float:
     "Multiplications plus additions per second in one large float32 product."
     x = torch.randn(1536, 1536)
-    x @ x
-    return 2 * 1536**3 / take_turns({"product": lambda: x @ x})["product"]
+    return 2 * 1536**3 / take_turns({"product": lambda: x @ x}, ROUNDS)["product"]
 
 
 def make() -> tuple:
@@ -91,15 +79,15 @@ def evaluations() -> dict:
     for n in SIZES:
         tokens, targets = torch.randint(VOCAB, (2, n // CONTEXT, CONTEXT))
         sides = {
-            "loop": lambda: loop(models, tokens, targets),
-            "loop, one thread": lambda: loop(models, tokens, targets, threads=1),
-            "vmap": lambda: population_loss(model, crowd, tokens, targets, how="vmap"),
-            "library": lambda: population_loss(model, crowd, tokens, targets),
-            "low": lambda: population_loss(model, low, tokens, targets),
+            "loop": partial(loop, models, tokens, targets),
+            "loop, one thread": partial(loop, models, tokens, targets, threads=1),
+            "vmap": partial(population_loss, model, crowd, tokens, targets, how="vmap"),
+            "library": partial(population_loss, model, crowd, tokens, targets),
+            "low": partial(population_loss, model, low, tokens, targets),
         }
         for work in sides.values():
             assert torch.allclose(work(), sides["loop"](), atol=1e-4)
-        turn = take_turns(sides)
+        turn = take_turns(sides, ROUNDS, 0)
         turn["loop"] = min(turn["loop"], turn.pop("loop, one thread"))  # it gets its best
         turn["ceiling"] = (
             POPULATION * n * flops_per_token(model.config, CONTEXT, training=False) / peak
@@ -219,9 +207,7 @@ def steps() -> dict:
             except Exception as error:
                 said = f"{type(error).__name__}: {str(error)[:200]}"
                 missing = f"evosax is installed but does not run here: {said}"
-        for work in sides.values():
-            work()
-        turn = take_turns(sides)
+        turn = take_turns(sides, ROUNDS)
         if n == SIZES[0]:
             print("\nwhole steps per second\ntokens" + "".join(f"{name:>18}" for name in sides))
         print(f"{n:6}" + "".join(f"{1 / s:18.1f}" for s in turn.values()))

@@ -22,7 +22,7 @@ import statistics
 import time
 import warnings
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 
 from llm_course.core import asset
@@ -33,6 +33,7 @@ from llm_course.model.block import GPT2, LLAMA, hidden_width
 from llm_course.model.files import load_model
 from llm_course.model.gpt import GPT, GPTConfig, flops_per_token
 from llm_course.tokens.exchange import load_tokenizer
+from llm_course.train.meter import take_turns
 from llm_course.train.runner import keep_memory
 from llm_course.world import World
 
@@ -100,17 +101,6 @@ def pair(config: GPTConfig) -> tuple:
     ours = GPT(config).eval()
     ours.load_state_dict(our_weights(theirs.state_dict()))
     return ours, theirs
-
-
-def take_turns(sides: dict, rounds: int) -> dict:
-    "Median seconds of each function; each round calls all of them, the first for warm-up."
-    seconds = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, work in sides.items():
-            start = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def greedy_texts(config: GPTConfig, n: int, new: int, rounds: int) -> dict:

@@ -38,7 +38,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 try:
-    import llm_course  # before torch: it sets how long waiting threads spin
+    import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
     import torch
 
     from llm_course.core import check_device, set_seed

@@ -28,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 
 from llm_course.evaluate.history import HISTORY, place_on_axis

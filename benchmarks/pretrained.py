@@ -16,7 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 
 from llm_course.align.chat import render

@@ -36,7 +36,7 @@ def reward_of(text: str) -> float:
 
 def prepare(folder: Path, batch: int, group: int) -> None:
     "Write weights for both, prompts as ids, and what each id says."
-    import llm_course  # before torch: it sets how long waiting threads spin
+    import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
     import torch
     from llm_course.align.chat import add_chat_tokens, render
     from llm_course.core import asset
@@ -98,7 +98,7 @@ def llama_state(model) -> dict:
 
 def ours(folder: Path, steps: int, method: str, precision: str) -> list:
     "Seconds of each step."
-    import llm_course  # before torch: it sets how long waiting threads spin
+    import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
     import torch
     from llm_course.align.policy_tuner import PolicyConfig, PolicyTuner
     from llm_course.align.chat import add_chat_tokens

@@ -21,7 +21,7 @@ import multiprocessing
 import statistics
 import time
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 
 from generate import SHAPES, pair

@@ -35,7 +35,7 @@ import sys
 import time
 from pathlib import Path
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 import torch.nn.functional as F
 from torch import nn

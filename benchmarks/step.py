@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 
 from llm_course.core import set_seed

@@ -23,17 +23,17 @@ PPO or GRPO closed at a KL below 15 nats, on held-out prompts; the bar is 0.25.
 
 import argparse
 import copy
-import datetime
 import json
-import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import preference
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 
+from record import chosen_parts, measure_parts
 from llm_course.align.answers import draw_answers
 from llm_course.align.policy_tuner import train_policy, village_reward
 from llm_course.align.rlhf import evaluate_policy
@@ -41,7 +41,7 @@ from llm_course.align.judge import collect_pairs
 from llm_course.align.reward import reward_function, train_reward
 from llm_course.align.reward_model import RewardModel, load_reward
 from llm_course.align.chat import load_assistant
-from llm_course.core import asset, atomic_write
+from llm_course.core import asset
 from llm_course.model.files import save_model
 from llm_course.world.talk import Talk, make_annotators
 
@@ -181,33 +181,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    names = [] if chosen.measure is None else chosen.measure or list(PARTS)
-    if unknown := set(names) - set(PARTS):
-        parser.error(f"there is no part {unknown}; choose from {list(PARTS)}")
+    names = chosen_parts(parser, chosen.measure, PARTS)
     village = Village()
     if chosen.save:
         save_assistant(village, chosen.save)
         return
-    for name in names:
-        start = time.monotonic()
-        found = PARTS[name](village)
-        file = chosen.file  # read again: somebody else may have measured another part meanwhile
-        tables = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        tables[name] = found
-        tables["made"] = {
-            "command": "python experiments/align.py --measure",
-            "date": datetime.date.today().isoformat(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-        }
-        with atomic_write(file, "w") as f:
-            json.dump(tables, f)
-        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    parts = {name: partial(part, village) for name, part in PARTS.items()}
+    tables = measure_parts(chosen.file, parts, names, "python experiments/align.py --measure")
     proxy = village.reward("ship")
     start, closed = village.look(village.model, proxy)["true"], []
     if names:
-        runs = json.loads(chosen.file.read_text(encoding="utf-8"))["policy"]["runs"]
-        closed = [gap_closed(start, r["looks"][-1]) for r in runs if r["method"] != "reinforce"]
+        runs = [r for r in tables["policy"]["runs"] if r["method"] != "reinforce"]
+        closed = [gap_closed(start, r["looks"][-1]) for r in runs]
     else:
         for method in ("ppo", "grpo"):
             row = run(village, proxy, method, 0, **SETTINGS[method])

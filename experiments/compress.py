@@ -15,13 +15,13 @@ what was recorded. The last line is JSON; `value` is the excess that int8 costs,
 import argparse
 import copy
 import json
-from datetime import date
 from pathlib import Path
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 from torch import nn
 
+from record import made_by
 from llm_course.core import asset, atomic_write
 from llm_course.data.batches import DocumentBatches, one_pass
 from llm_course.data.shards import memory_shards
@@ -102,34 +102,34 @@ def in_bits(bench: Bench, only: str | None) -> list:
     for name, (per, way) in blocks.items():
         model = replaced(bench, way)
         rows.append(row(name, "bits", model_bytes(model) // 128 * per, [bench.excess(model)]))
-    return rows + chosen(bench)
+    for code in ((4, 128, True), (4, 32, True), (2, 16, False)):
+        rows += chosen(bench, *code)
+    return rows
 
 
-def chosen(bench: Bench) -> list:
+def chosen(bench: Bench, bits: int, group: int, symmetric: bool) -> list:
     "Codes that are chosen by what goes into a layer."
-    rows = []
-    for bits, group, symmetric in ((4, 128, True), (4, 32, True), (2, 16, False)):
-        spent = []
+    rows, spent = [], []
 
-        def feedback(name, w):
-            q = quantize_weight(w, bits, group, symmetric)
-            if name in bench.grams:
-                q = quantize_with_feedback(w, bench.grams[name], bits, group, symmetric)
-            spent.append(q.nbytes())
-            return dequantize_weight(q)
+    def feedback(name, w):
+        q = quantize_weight(w, bits, group, symmetric)
+        if name in bench.grams:
+            q = quantize_with_feedback(w, bench.grams[name], bits, group, symmetric)
+        spent.append(q.nbytes())
+        return dequantize_weight(q)
 
-        def scale(name, w):
-            if name not in bench.grams:
-                return feedback(name, w)
-            q, s = scale_loud_inputs(w, bench.grams[name], bits, group, symmetric)
-            spent.append(q.nbytes() + 2 * len(s))
-            return dequantize_weight(q) / s
+    def scale(name, w):
+        if name not in bench.grams:
+            return feedback(name, w)
+        q, s = scale_loud_inputs(w, bench.grams[name], bits, group, symmetric)
+        spent.append(q.nbytes() + 2 * len(s))
+        return dequantize_weight(q) / s
 
-        for label, way in (("feedback", feedback), ("scaled", scale)):
-            spent.clear()
-            model = replaced(bench, way)
-            name = f"int{bits} by {group}, {label}"
-            rows.append(row(name, "bits", sum(spent), [bench.excess(model)]))
+    for label, way in (("feedback", feedback), ("scaled", scale)):
+        spent.clear()
+        model = replaced(bench, way)
+        name = f"int{bits} by {group}, {label}"
+        rows.append(row(name, "bits", sum(spent), [bench.excess(model)]))
     return rows
 
 
@@ -233,8 +233,7 @@ def save(path: Path, way: dict) -> None:
     ways = [way if key(w) == key(way) else w for w in ways]
     ways += [] if way in ways else [way]
     start = next((w["excess"][0] for w in ways if w["name"] == "float32"), None)
-    record = {"date": date.today().isoformat(), "torch": torch.__version__,
-              "command": "python experiments/compress.py --save llm_course/assets",
+    record = {**made_by("python experiments/compress.py --save llm_course/assets"),
               "stories": UNSEEN, "recover": RECOVER, "teach": TEACH, "start": start, "ways": ways}
     with atomic_write(path, "w") as f:
         f.write(json.dumps(record, indent=1))

@@ -15,13 +15,12 @@ and the bar is 0.
 
 import argparse
 import json
-import platform
-from datetime import date
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 import torch.nn.functional as F
 
+from record import made_by
 from llm_course.core import asset, atomic_write, set_seed
 from llm_course.data.batches import DocumentBatches
 from llm_course.data.shards import memory_shards
@@ -136,8 +135,7 @@ def main():
     if args.measure:
         seeds = [seed_run(steps, seed) for steps in STEPS for seed in SEEDS]
         leaks = [leak_run(leak, seed) for leak in LEAKS for seed in range(3)]
-        record = {"date": date.today().isoformat(), "torch": torch.__version__,
-                  "machine": platform.machine(), "command": "python experiments/evaluate.py --measure",
+        record = {**made_by("python experiments/evaluate.py --measure"),
                   "tokens": MASK.sum(1).tolist(),
                   "floor": round(sum(f * n for f, n in zip(FLOOR, MASK.sum(1).tolist()))
                                  / int(MASK.sum()), 4), "seeds": seeds, "leaks": leaks}

@@ -12,16 +12,15 @@ that the smaller start saves, in nats per token, and the bar is 0.
 
 import argparse
 import json
-import platform
 import random
 import sys
-from datetime import date
 from pathlib import Path
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 import torch.nn.functional as F
 
+from record import made_by
 from llm_course.core import asset, atomic_write
 from llm_course.data.batches import DocumentBatches
 from llm_course.data.shards import memory_shards
@@ -30,7 +29,7 @@ from llm_course.train.floor import shrink_embedding
 from llm_course.train.loop import TrainConfig, train
 from llm_course.train.transfer import rates_for_width, sizes_for_depth
 from llm_course.world import World
-from llm_course.world.grammar import DrawPart, ShowPart, _push
+from llm_course.world.grammar import DrawPart, ShowPart
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from world_floor import CONTEXT, DEPTH, prepare  # noqa: E402
@@ -48,27 +47,11 @@ def kind_of(part) -> str:
     return "name again" if name in "abcde" else "thing again"
 
 
-def tell(world: World, rng: random.Random) -> list:
-    "A story as `World.tell` tells it: (text, kind)."
-    out, todo, known = [], (world.start, None), {}
-    while todo:
-        part, todo = todo
-        ways = world.ways(part, known)
-        u = rng.random() if len(ways) > 1 else 0.0
-        for p, text, parts, known in ways:
-            u -= p
-            if u < 0:
-                break
-        out.append((text, kind_of(part)))
-        todo = _push(parts, todo)
-    return out
-
-
 def marked_stories(world: World, tokenizer, n: int, seed: int = 12) -> list:
     "Token ids, the kind of each, and what each costs a reader who knows everything."
     rng, rows = random.Random(seed), []
     for _ in range(n):
-        told = tell(world, rng)
+        told = [(text, kind_of(part)) for part, text, _ in world.choices(rng)]
         kinds = [kind for text, kind in told for _ in text]
         ids = tokenizer.encode("".join(text for text, _ in told))
         pieces, at, of = [tokenizer.decode([i]) for i in ids], 0, []
@@ -127,8 +110,7 @@ def main():
     shares = [sum(kinds.count(kind) for _, kinds, _ in rows) for kind in KINDS]
     runs = [{"std": std, "looks": run(std, args.tokens, world, tokenizer, stories, rows)}
             for std in (1.0, 0.1)]
-    record = {"date": date.today().isoformat(), "torch": torch.__version__,
-              "machine": platform.machine(), "command": "python experiments/floor.py",
+    record = {**made_by("python experiments/floor.py"),
               "share": {k: round(n / sum(shares), 4) for k, n in zip(KINDS, shares)}, "runs": runs}
     if args.file:
         with atomic_write(args.file, "w") as f:

@@ -36,7 +36,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 from torch import nn
 

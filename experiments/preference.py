@@ -13,7 +13,7 @@ import copy
 import random
 import time
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 
 from llm_course.align.answers import draw_answers

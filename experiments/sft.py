@@ -20,7 +20,7 @@ import json
 import time
 from pathlib import Path
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 
 from llm_course.align.answers import draw_answers

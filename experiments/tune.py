@@ -25,18 +25,15 @@ per token, and the bar is 0.05, what another machine's rounding may do in 80 ste
 """
 
 import argparse
-import datetime
 import json
 import math
-import platform
-import time
 from functools import partial
 from pathlib import Path
 
-import llm_course  # before torch: it sets how long waiting threads spin
+import llm_course  # noqa: F401  before torch: it sets how long waiting threads spin
 import torch
 
-from llm_course.core import atomic_write
+from record import chosen_parts, measure_parts
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.tokens.text import WordTokenizer
 from llm_course.train.loop import TrainConfig, Trainer, evaluate
@@ -217,23 +214,8 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     keep_memory()
-    file = chosen.file
-    tables = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    names = [] if chosen.measure is None else chosen.measure or list(PARTS)
-    if unknown := set(names) - set(PARTS):
-        parser.error(f"there is no part {unknown}; choose from {list(PARTS)}")
-    for name in names:
-        start = time.monotonic()
-        tables[name] = PARTS[name]()
-        tables["made"] = {
-            "command": "python experiments/tune.py --measure",
-            "date": datetime.date.today().isoformat(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-        }
-        with atomic_write(file, "w") as f:
-            json.dump(tables, f)
-        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    names = chosen_parts(parser, chosen.measure, PARTS)
+    tables = measure_parts(chosen.file, PARTS, names, "python experiments/tune.py --measure")
     worst = round(check(tables), 4)
     print(json.dumps({"name": "tune", "value": worst, "unit": "nats per token", "bar": 0.05}))
 

@@ -386,7 +386,8 @@ def find_relation(
     wants = [plain_answer(w) for w in wants]
     pairs = list(zip(wants, gots))
     if all(isinstance(x, str) for pair in pairs for x in pair):
-        return next((s for s, f in _TEXTS.items() if _holds(lambda w, g: f(w) == f(g), pairs)), "")
+        same = lambda f: lambda w, g: f(w) == f(g)
+        return next((s for s, f in _TEXTS.items() if _holds(same(f), pairs)), "")
     if all(_is_numeric(x) and not np.iscomplexobj(x) for pair in pairs for x in pair):
         if all(np.shape(w) == np.shape(g) for w, g in pairs):
             try:

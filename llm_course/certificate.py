@@ -9,7 +9,6 @@ __all__ = ['progress_lines', 'show_progress', 'certificate_page', 'verify_certif
 import hashlib, html, json, re
 from datetime import datetime, timezone
 from pathlib import Path
-import llm_course
 from .core import atomic_write
 from .pipeline.report import Report, grid_html
 from .progress import course_exercises, progress_file, read_progress

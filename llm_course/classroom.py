@@ -7,7 +7,7 @@ __all__ = ['read_cells', 'source_of', 'for_learners', 'only_imports', 'lesson_ex
            'without_solutions']
 
 # %% ../nbs/96b_classroom.ipynb #cfc45b42
-import ast, builtins, importlib, json, re
+import ast, importlib, json, re
 from functools import cache
 from .check import Exercise
 from .progress import exercise_titles, lessons_folder, makes_exercise

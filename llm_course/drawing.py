@@ -185,9 +185,9 @@ def draw_block() -> Drawing: # One transformer block
     d.text(stream, 6, "(B, T, C)", size=11)
     branches = (185, "attention", "positions exchange"), (35, "MLP", "each position alone")
     for y, name, note in branches:
-        plus = d.box(stream - 12, y, "+", width=24, height=24, kind="computed")
-        norm = d.box(210, y + 70, "norm", width=100)
-        part = d.box(350, y - 8, name, width=120)
+        d.box(stream - 12, y, "+", width=24, height=24, kind="computed")
+        d.box(210, y + 70, "norm", width=100)
+        d.box(350, y - 8, name, width=120)
         d.path([(stream, y + 90), (210, y + 90)])
         d.path([(310, y + 90), (410, y + 90), (410, y + 32)])
         d.path([(350, y + 12), (stream + 12, y + 12)])

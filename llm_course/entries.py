@@ -42,8 +42,10 @@ def reference_seconds(
         set_seed(0)
         model = GPT(GPTConfig(vocab_size=1000, context_length=128, d_model=128, n_layers=2))
         tokens = torch.randint(1000, (8, 129))
+    begin = 0.0
     for n in range(-3, steps):
-        begin = time.process_time() if n <= 0 else begin
+        if n <= 0:
+            begin = time.process_time()
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
     return (time.process_time() - begin) / steps

@@ -12,10 +12,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Iterable, NamedTuple
-from .check import CheckFailed, Exercise
+from .check import Exercise
 from .classroom import (
     for_learners, is_solution, lesson_exercises, only_imports, read_cells, source_of)
-from .core import atomic_write
 from .fence import ShortMemory, fenced, run_apart, time_limit
 from .pipeline.report import Report, grid_html
 from .progress import course_exercises, makes_exercise

@@ -63,7 +63,7 @@ def plain_errors(
                 typer.echo(f"llm-course: {who}{error_line(error)}", err=True)
             if code == 141:  # nobody reads any more; Python must not complain at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(code)
+            raise typer.Exit(code) from error
     return run
 
 # %% ../nbs/97b_terminal.ipynb #f1ee3597

@@ -269,7 +269,7 @@ def test_what_is_impossible_is_never_drawn(vocab_size, scale, seed):
 def test_a_dart_at_the_very_bottom_and_the_very_top(monkeypatch):
     logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
     for height, expected in ((0.0, 2), (1 - 2**-24, 1)):
-        monkeypatch.setattr(torch, "rand", lambda *size, **other: torch.full(size, height))
+        monkeypatch.setattr(torch, "rand", lambda *size, h=height, **other: torch.full(size, h))
         assert draw_tokens(logits)[0].item() == expected
 
 

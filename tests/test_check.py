@@ -275,7 +275,7 @@ class Float(float):
 def endless(x):
     while True:
         try:
-            x = 1
+            pass
         except:  # noqa: E722
             pass
 

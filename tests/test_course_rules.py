@@ -18,6 +18,7 @@ LESSONS = rules.lessons()
 LIGHT = (
     "core",
     "world",
+    "attempt",
     "check",
     "tokens",
     "data.batches",

@@ -21,7 +21,8 @@ from llm_course.align.pair_tuner import (
     sample_pairs,
     train_dpo,
 )
-from llm_course.align.refuse import refusal_errors, wilson_interval
+from llm_course.align.refuse import refusal_errors
+from llm_course.evaluate.scores import wilson_interval
 from llm_course.align.chat import add_chat_tokens, render
 from llm_course.world.writers import say
 from llm_course.core import asset

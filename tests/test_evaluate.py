@@ -1,4 +1,5 @@
 "Is my loss normal? Each mistake is planted in a tiny training and must be found by its own name."
+import importlib
 import json
 import math
 
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from llm_course import cli
 from llm_course.evaluate.loss import (
-    bits_per_byte, bootstrap_interval, calibration_error, document_losses, paired_test)
+    bits_per_byte, bootstrap_interval, document_losses, paired_test)
 from llm_course.evaluate.yardsticks import (
     YardstickWatch, diagnose_loss, loss_verdict, measure_yardsticks)
 from llm_course.model.block import LLAMA
@@ -178,11 +179,53 @@ def test_no_text_no_bytes_no_guess_and_unequal_documents():
         document_losses(Mistaken(), Spelled(), [], T)
     with pytest.raises(ValueError, match="empty text"):
         bits_per_byte(1.0, 3, 0)
-    assert calibration_error([]) == 0
     one = torch.ones(1)
     with pytest.raises(ValueError, match="at least two"):
         paired_test(one, one, one)
     assert bootstrap_interval(one, one) == (1, 1)
+
+
+NOTHING = torch.zeros(0)
+EMPTY = {  # a statistic of nothing, and what the message names
+    "evaluate.loss.calibration_error": (([],), "guesses"),
+    "evaluate.loss.fit_temperature": ((torch.zeros(0, 5), NOTHING.long()), "targets"),
+    "evaluate.loss.bootstrap_interval": ((NOTHING, NOTHING), "documents"),
+    "evaluate.loss.signal_to_noise": (([[1.0], [2.0]],), "seeds of a recipe"),
+    "evaluate.loss.paired_test": ((NOTHING, NOTHING, NOTHING), "documents"),
+    "evaluate.scores.wilson_interval": ((0, 0), "cases"),
+    "evaluate.scores.bleu_score": (([], []), "texts"),
+    "evaluate.scores.chrf_score": ((["a"], [[]]), "references of a text"),
+    "evaluate.people.blind_pairs": ((["Ada"], 3, 5), "writers"),
+    "evaluate.people.weighted_kappa": (([], []), "marks"),
+    "evaluate.people.judge_report": ((NOTHING, NOTHING, NOTHING, NOTHING), "cases"),
+    "evaluate.people.expected_best": ((3, 0, 0.5), "questions"),
+    "align.judge.raw_agreement": (([], []), "items"),
+    "align.judge.cohen_kappa": (([], []), "items"),
+    "align.judge.fleiss_kappa": ((torch.tensor([[1, 0], [2, 3]]),), "people for an item"),
+    "align.choose.best_of_n_kl": ((0,), "answers"),
+    "align.choose.best_of_n_expected": ((torch.zeros(0, 4), torch.zeros(0, 4), 2), "rewards"),
+    "align.reward.regression_effects": ((torch.ones(1), {"a": torch.ones(1)}), "values to explain"),
+    "align.rl.leave_one_out": ((NOTHING, 1), "rewards"),
+    "align.rl.group_advantages": ((NOTHING, 2), "rewards"),
+    "align.masked.masked_variance": ((torch.ones(3), torch.zeros(3) > 0), "variance of 0"),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_statistic_of_nothing_is_said_and_never_nan(name):
+    module, function = f"llm_course.{name}".rsplit(".", 1)
+    given, what = EMPTY[name]
+    with pytest.raises(ValueError, match=what):
+        getattr(importlib.import_module(module), function)(*given)
+
+
+def test_two_models_that_are_alike_on_every_document():
+    from llm_course.evaluate.loss import chance_to_see, documents_needed
+    same = paired_test(torch.ones(3), torch.ones(3), torch.ones(3))
+    assert chance_to_see(0.0, same.error) == pytest.approx(0.05, abs=1e-3)
+    assert chance_to_see(0.1, same.error) == 1
+    with pytest.raises(ValueError, match="a difference of 0"):
+        documents_needed(same, 0.0)
 
 
 def test_logits_that_are_no_numbers_are_said(tmp_path):

@@ -100,7 +100,7 @@ def environment() -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "LLM_COURSE_DEVICE": "cpu"}
 
 
-def start(tmp_path, workers: int, store, patience: float = 60, die: dict = {}) -> list:
+def start(tmp_path, workers: int, store, patience: float = 60, die: dict | None = None) -> list:
     "Start workers by themselves; `die`: rank -> generation."
     path = program(tmp_path, ALONE)
     store.set("ready", "0")
@@ -112,7 +112,7 @@ def start(tmp_path, workers: int, store, patience: float = 60, die: dict = {}) -
                 str(r),
                 str(workers),
                 str(store.port),
-                str(die.get(r, -1)),
+                str((die or {}).get(r, -1)),
                 str(patience),
             ],
             stdout=subprocess.PIPE,

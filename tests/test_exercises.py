@@ -223,12 +223,16 @@ def test_cases_are_drawn(lesson):
         assert len(exercise.cases) > 3 and exercise._hidden, f"{name}: too few cases"
 
 
+def answers_in(form, solution):
+    "A solution that answers in another form."
+    return lambda *case: in_form(solution(*case), form)
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_right_answers_in_other_forms_pass(lesson, form):
     for name, exercise in each(lesson):
         if not exercise.form:
-            solution = lesson.solutions[name]
-            problem = exercise.diagnose(lambda *case: in_form(solution(*case), form))
+            problem = exercise.diagnose(answers_in(form, lesson.solutions[name]))
             assert problem is None, f"{name}: right, as {form.__name__}, and rejected: {problem}"
 
 

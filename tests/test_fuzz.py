@@ -166,7 +166,7 @@ def test_a_folder_a_pipe_or_a_lost_link_in_place_of_a_file_is_one_sentence(name,
     for make in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("nowhere"), lambda: None):
         make()
         done = []
-        thread = threading.Thread(target=lambda: done.append(bears(READERS[name], path)), daemon=True)
+        thread = threading.Thread(target=lambda done=done: done.append(bears(READERS[name], path)), daemon=True)
         thread.start()
         thread.join(5)
         assert not thread.is_alive(), f"{name}: waits for ever"

@@ -292,10 +292,10 @@ def test_foreign_headers_are_refused(change, message, tmp_path):
 @each_style
 def test_hidden_is_what_the_head_reads(style):
     model, tokens, segments = small(style), some_tokens(), torch.arange(24)[None].expand(2, -1) // 7
-    for given in ((tokens,), (tokens, segments)):
-        x = model.hidden(*given)
+    for inputs in ((tokens,), (tokens, segments)):
+        x = model.hidden(*inputs)
         assert x.shape == (2, 24, 32)
-        assert torch.equal(model.head(x), model(*given))
+        assert torch.equal(model.head(x), model(*inputs))
     with pytest.raises(ValueError, match="context_length is 24"):
         model.hidden(some_tokens(25))
 

@@ -11,7 +11,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from llm_course.align.answers import PairBatches, encode_pairs, pad_rows
+from llm_course.align.answers import PairBatches, encode_pairs
 from llm_course.align.chat import add_chat_tokens, load_assistant, render_answer
 from llm_course.align.judge import cohen_kappa, collect_pairs, compare_answers, fleiss_kappa
 from llm_course.align.panel import (
@@ -22,6 +22,7 @@ from llm_course.world.writers import say
 from llm_course.core import asset
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.model.block import GPT2
+from llm_course.tokens.rows import pad_batch
 from llm_course.world.talk import Annotator, AnswerPair, Talk, make_annotators, crowd_prefers
 from llm_course.tokens.exchange import load_tokenizer
 
@@ -239,8 +240,8 @@ def test_padding_and_company_change_nothing(small, tokenizer):
     with torch.no_grad():
         small.head.weight.normal_()
     rows = [render_answer(tokenizer, say("Hm?"), "Yes. " * n, 40) for n in (1, 4, 9)]
-    together = small(pad_rows(rows), torch.tensor([len(row) for row in rows]))
-    alone = [small(pad_rows([row]), torch.tensor([len(row)]))[0] for row in rows]
+    together = small(pad_batch(rows, -1)[0], torch.tensor([len(row) for row in rows]))
+    alone = [small(torch.tensor([row]), torch.tensor([len(row)]))[0] for row in rows]
     assert torch.allclose(together, torch.stack(alone), atol=1e-5)
 
 

@@ -38,6 +38,7 @@ STYLES = {
     "no norms to learn": Style(norm="layer-plain", position="none", bias=True),
     "qk norm": Style(qk_norm=True, activation="gelu"),
     "sinusoidal": Style(norm="rms-plain", position="sinusoidal", activation="relu2"),
+    "qwen2": Style(activation="gelu-erf", qkv_bias=True),
 }
 OPTIONS = {
     "plain": {},

@@ -11,6 +11,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 from .answers import draw_answers
+from ..guard import at_least
 from ..model.gpt import GPT
 
 # %% ../../nbs/78_align.choose.ipynb #26d118db
@@ -25,7 +26,7 @@ def best_of_n_kl(
     n: int,    # Answers to choose from
 ) -> float:    # Nats per answer
     "How far choosing the best of n moves a policy, at most (arXiv:2401.01879)."
-    return math.log(n) - (n - 1) / n
+    return math.log(at_least(n, "answers")) - (n - 1) / n
 
 def _trusted_best(rewards: Tensor) -> tuple[Tensor, list[int]]:
     "The highest of each row (B, n) that is finite, and its place. `ValueError` for a row of none."
@@ -63,6 +64,7 @@ def best_of_n_expected(
     "What best of n gives and how far it goes, exactly, if these M answers are all there are."
     if not (proxy.isfinite() & true.isfinite()).all():
         raise ValueError("some rewards are NaN or infinite; leave those answers out first")
+    at_least(proxy.numel(), "rewards")
     found = []
     for p, t in zip(proxy.double(), true.double()):
         levels, which, counts = p.unique(return_inverse=True, return_counts=True)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .answers import draw_answers
+from ..guard import at_least
 from ..model.gpt import GPT
 from ..world.talk import Annotator, AnswerPair, make_annotators
 
@@ -70,14 +71,14 @@ def raw_agreement(
     b: list, # What another one chose
 ) -> float:  # Share of items with the same choice
     "How often two people agree."
-    return sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+    return sum(x == y for x, y in zip(a, b, strict=True)) / at_least(len(a), "items")
 
 def cohen_kappa(
     a: list, # What one person chose, item by item
     b: list, # What another one chose
 ) -> float:  # 1 is perfect, 0 is chance, less is worse than chance
     "Agreement of two people beyond chance (Cohen 1960)."
-    counts_a, counts_b, n = Counter(a), Counter(b), len(a)
+    counts_a, counts_b, n = Counter(a), Counter(b), at_least(len(a), "items")
     chance = sum(counts_a[x] * counts_b[x] for x in counts_a) / n**2
     return 1.0 if chance == 1 else (raw_agreement(a, b) - chance) / (1 - chance)
 
@@ -87,6 +88,8 @@ def fleiss_kappa(
     "Agreement of many people beyond chance; they need not be the same for each item (Fleiss 1971)."
     counts = counts.double()
     n = counts.sum(dim=1)
+    at_least(len(n), "items")
+    at_least(int(n.min()), "people for an item", 2)
     pairs = ((counts * (counts - 1)).sum(dim=1) / (n * (n - 1))).mean().item()
     chance = ((counts.sum(dim=0) / counts.sum()) ** 2).sum().item()
     return 1.0 if chance == 1 else (pairs - chance) / (1 - chance)

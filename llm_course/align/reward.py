@@ -17,6 +17,7 @@ from .answers import (
 from .chat import render_answer
 from .judge import minimise_lbfgs
 from .reward_model import RewardModel
+from ..guard import at_least
 from ..train.loop import TrainConfig, train
 from ..train.state import Progress
 
@@ -135,6 +136,7 @@ def regression_effects(
     columns: dict,    # Name -> quantity (N,)
 ) -> dict[str, RegressionEffect]: # Name -> its effect when the others stay the same
     "Least squares without a constant: differences between two answers need none."
+    at_least(len(y), "values to explain", len(columns) + 1)
     X, y = torch.stack(list(columns.values()), dim=1).double(), y.double()
     inverse = torch.linalg.inv(X.T @ X)
     sizes = inverse @ X.T @ y

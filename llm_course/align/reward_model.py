@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from .answers import answer_mask, pad_rows
+from .answers import answer_mask
 from .chat import render, render_answer
 from ..core import atomic_write, patch
 from ..guard import check_kinds, reads
 from ..model.block import Style
 from ..model.gpt import GPT, GPTConfig
+from ..tokens.rows import pad_batch
 from ..train.activations import parameter_counts
 from ..train.precision import mixed_precision, pick_precision
 
@@ -83,7 +84,7 @@ def answer_sums(
     self.eval()
     for start in range(0, len(order), batch_size):
         some = order[start:start + batch_size]
-        tokens = pad_rows([rows[i] for i in some]).to(device)
+        tokens = pad_batch((rows[i] for i in some), -1)[0].to(device)
         answer = answer_mask(tokens, self.reply_id)
         with mixed_precision(device, dtype):
             seen = _what_tokens_show(self.body, tokens.clamp_min(0), answer)

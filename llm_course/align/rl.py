@@ -10,6 +10,7 @@ __all__ = ['leave_one_out', 'average_tokens', 'policy_gradient_loss', 'KLEstimat
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from ..guard import at_least
 
 # %% ../../nbs/75_align.rl.ipynb #2223c4ab
 def leave_one_out(
@@ -17,7 +18,7 @@ def leave_one_out(
     group: int,      # Answers per prompt; 1: all of the batch are compared
 ) -> Tensor:         # (B,)
     "The average reward of the other answers of each group: a baseline that a draw can't move."
-    grouped = rewards.view(-1, group if group > 1 else len(rewards))
+    grouped = rewards.view(-1, group if group > 1 else at_least(len(rewards), "rewards"))
     n = max(1, grouped.shape[1] - 1)
     return ((grouped.sum(dim=1, keepdim=True) - grouped) / n).flatten()
 
@@ -158,7 +159,7 @@ def group_advantages(
     eps: float = 1e-4,   # Added to it
 ) -> Tensor:             # (B,)
     "How much better each answer is than its group (arXiv:2402.03300)."
-    if group < 2 or len(rewards) % group:
+    if group < 2 or len(rewards) % group or not len(rewards):
         raise ValueError(f"{len(rewards)} rewards do not make groups of {group}; a group needs at "
                          "least 2 answers, and the batch whole groups")
     grouped = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group)

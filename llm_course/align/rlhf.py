@@ -10,6 +10,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 from .answers import Rollout, draw_answers
+from ..guard import at_least
 from ..model.gpt import GPT
 
 # %% ../../nbs/76_align.rlhf.ipynb #55cc2903
@@ -51,6 +52,7 @@ def evaluate_policy(
     max_new_tokens: int = 40,        # Longer answers are cut
 ) -> dict:                           # Averages: the rewards, "length", "finished", "kl"
     "One answer to each prompt, and what it is worth."
+    at_least(len(prompts), "prompts")
     g = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     r = draw_answers(model.eval(), tokenizer, prompts, 1, max_new_tokens, forget=False,
                      generator=g)

@@ -8,7 +8,6 @@ __all__ = ['ChatBatches', 'PackedGPT', 'render_story', 'train_sft']
 # %% ../../nbs/72_align.sft.ipynb #5ee9e600
 from typing import Iterable
 import numpy as np
-import torch
 from torch import Tensor, nn
 from .answers import budget_of_passes
 from .chat import Rendered, render

@@ -147,7 +147,7 @@ def mask_private(
     counts = Counter()
     for kind in kinds:
         pattern, check = _MASKS[kind]
-        def hide(found):
+        def hide(found, kind=kind, check=check):
             if check and not check(found[0]):
                 return found[0]
             counts[kind] += 1

@@ -9,7 +9,6 @@ __all__ = ['harness_model', 'run_harness', 'write_harness_task']
 import contextlib, io, json, logging, math
 from pathlib import Path
 from typing import Callable, Iterable
-from torch import nn
 from ..core import need
 from .scores import (
     ShareInterval, Task, TaskResult, score_continuations, write_task, write_until)

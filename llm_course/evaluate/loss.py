@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from ..generate.logits import token_log_probs
 from ..generate.sampling import no_training
+from ..guard import at_least
 
 # %% ../../nbs/55_evaluate.loss.ipynb #1e559fe5
 def perplexity(
@@ -117,10 +118,10 @@ def reliability_table(
 
 def calibration_error(
     table: list[ReliabilityBin], # From `reliability_table`
-) -> float:                      # Weighted by how many guesses a bin has; 0 for no guess
+) -> float:                      # Weighted by how many guesses a bin has
     "The mean distance between what was predicted and what happened (arXiv:1706.04599)."
-    n = sum(b.n for b in table)
-    return sum(abs(b.predicted - b.observed) * b.n for b in table) / max(n, 1)
+    n = at_least(sum(b.n for b in table), "guesses")
+    return sum(abs(b.predicted - b.observed) * b.n for b in table) / n
 
 # %% ../../nbs/55_evaluate.loss.ipynb #f86624fc
 def fit_temperature(
@@ -128,7 +129,7 @@ def fit_temperature(
     targets: Tensor, # What came, (N,)
 ) -> float:          # From 0.05 to 20; divide the logits by it
     "The temperature at which what came is likeliest (arXiv:1706.04599)."
-    came = logits.gather(1, targets[:, None]).mean()
+    came = logits.gather(1, targets[:, None]).sum() / at_least(len(targets), "targets")
     low, high = 0.05, 20.0  # inverse temperatures
     for _ in range(20):
         b = math.sqrt(low * high)
@@ -145,7 +146,7 @@ def bootstrap_interval(
     seed: int = 0,        # Of the draws
 ) -> tuple[float, float]: # Around sum(values) / sum(counts)
     "Between which numbers a mean lies, were the documents others (Efron 1979)."
-    picks = torch.randint(len(values), (n, len(values)),
+    picks = torch.randint(at_least(len(values), "documents"), (n, len(values)),
                           generator=torch.Generator().manual_seed(seed))
     means = values.double()[picks].sum(dim=1) / counts.double()[picks].sum(dim=1)
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
@@ -156,7 +157,8 @@ def signal_to_noise(
     runs: list[list[float]], # For each recipe, a metric's values for several seeds
 ) -> float:                  # Above about 4, one seed of each tells them apart
     "Range of the recipes' means over the spread of the seeds (after arXiv:2508.13144)."
-    means = [sum(values) / len(values) for values in runs]
+    means = [sum(values) / at_least(len(values), "seeds of a recipe", 2) for values in runs]
+    at_least(len(runs), "recipes")
     noise = [torch.tensor(values, dtype=torch.float64).std().item() for values in runs]
     return (max(means) - min(means)) / (sum(noise) / len(noise) + 1e-12)
 
@@ -195,7 +197,7 @@ def chance_to_see(
 ) -> float:            # The power of the test
     "How often a true difference will be called one, at 5 %."
     normal = lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2)))
-    z = abs(difference) / error
+    z = abs(difference) / max(error, 1e-12)
     return normal(z - 1.96) + normal(-z - 1.96)
 
 def documents_needed(
@@ -203,6 +205,8 @@ def documents_needed(
     difference: float,  # What should be seen, nats per token
     power: float = 0.8, # How often
 ) -> int:               # Documents
-    "How many documents a test needs to see a difference most of the time."
+    "How many documents a test needs to see a difference most of the time; not for one of 0."
+    if not difference:
+        raise ValueError("a difference of 0: no number of documents shows it")
     z = 1.96 + math.sqrt(2) * torch.erfinv(torch.tensor(2 * power - 1, dtype=torch.float64)).item()
     return math.ceil(test.documents * (z * test.error / difference) ** 2 - 1e-6)

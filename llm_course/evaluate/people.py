@@ -7,10 +7,11 @@ __all__ = ['Bout', 'blind_pairs', 'RatedModel', 'rate_models', 'weighted_kappa',
 
 # %% ../../nbs/57_evaluate.people.ipynb #9b1a2a07
 import math, random
-from typing import Iterable, NamedTuple
+from typing import NamedTuple
 import torch
 from torch import Tensor
 from .scores import ShareInterval, wilson_interval
+from ..guard import at_least
 
 # %% ../../nbs/57_evaluate.people.ipynb #05deb2b7
 class Bout(NamedTuple):
@@ -28,6 +29,7 @@ def blind_pairs(
     "Plan who meets whom, over which prompt and on which side."
     rng, plan = random.Random(seed), []
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
+    at_least(len(names), "writers", 2)
     while len(plan) < n:
         rng.shuffle(pairs)
         plan += [Bout(rng.randrange(n_prompts), *rng.sample(pair, 2)) for pair in pairs]
@@ -81,6 +83,7 @@ def weighted_kappa(
 ) -> float:           # 1 is perfect, 0 is chance
     "Agreement of two raters on a scale, beyond chance (Cohen 1968)."
     a, b = (torch.tensor(marks, dtype=torch.float64) for marks in (a, b))
+    at_least(len(a), "marks")
     far = lambda x, y: ((x - y).abs() ** power) * (x != y)
     seen, chance = far(a, b).mean(), far(a[:, None], b).mean()
     return 1.0 if chance == 0 else (1 - seen / chance).item()
@@ -121,4 +124,4 @@ def expected_best(
     for x in range(n):
         below += math.comb(n, x) * p**x * (1 - p) ** (n - x)
         total += 1 - min(1.0, below) ** k
-    return total / n
+    return total / at_least(n, "questions")

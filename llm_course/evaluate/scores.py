@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 import torch
-from torch import Tensor, nn
+from torch import nn
 from ..core import atomic_write
 from ..data.files import read_json_lines
 from .parse import boxed_answer, choice_letter, last_number
@@ -22,6 +22,7 @@ from ..generate.logits import token_log_probs
 from ..generate.sampling import no_training
 from ..generate.steer import stop_at
 from ..generate.write import sample_batch
+from ..guard import at_least
 from ..model.gpt import plain_model
 
 # %% ../../nbs/55c_evaluate.scores.ipynb #5c2486c7
@@ -37,14 +38,15 @@ def wilson_interval(
     z: float = 1.96, # 1.96 for 95 %
 ) -> ShareInterval:
     "The interval of E. B. Wilson (1927) for a share."
-    p, spread = k / n, z * z / n
+    p, spread = k / at_least(n, "cases"), z * z / n
     middle, width = p + spread / 2, z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
     low, high = ((middle + sign * width) / (1 + spread) for sign in (-1, 1))
     return ShareInterval(p, max(0.0, min(p, low)), min(1.0, max(p, high)))
 
 def _interval(values: list[float]) -> ShareInterval:
     "Wilson's interval for values of 0 and 1, else the mean and 1.96 standard errors around it."
-    n, mean = len(values), sum(values) / len(values)
+    n = at_least(len(values), "items")
+    mean = sum(values) / n
     if set(values) <= {0.0, 1.0}:
         return wilson_interval(int(sum(values)), n)
     width = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)
@@ -157,6 +159,11 @@ def _words_13a(text: str) -> list[str]:
         text = pattern.sub(cut, text)
     return text.split()
 
+def _expect_texts(texts: list, references: list) -> None:
+    "Raise `ValueError` for no text, and for one without a reference."
+    at_least(len(texts), "texts")
+    at_least(min(map(len, references)), "references of a text")
+
 def _ngrams(items, n: int) -> Counter:
     "How often each run of n items occurs."
     return Counter(tuple(items[i:i + n]) for i in range(len(items) - n + 1))
@@ -169,6 +176,7 @@ def bleu_score(
 ) -> float:                       # From 0 to 100, of all together; with `each`, for one text
     "BLEU, as sacrebleu counts it: counts of all texts are summed up before anything is divided."
     hits, total, ours, theirs = [0] * 4, [0] * 4, 0, 0
+    _expect_texts(texts, references)
     for text, refs in zip(texts, references, strict=True):
         words, goals = _words_13a(text), [_words_13a(ref) for ref in refs]
         ours += len(words)
@@ -218,12 +226,12 @@ def chrf_score(
 ) -> float:                       # From 0 to 100, of all together
     "chrF2, as sacrebleu counts it: for each text the nearest reference, counts summed up."
     sums = [[0, 0, 0] for _ in range(6)]
+    _expect_texts(texts, references)
     for text, refs in zip(texts, references, strict=True):
         runs = [[_ngrams("".join(t.split()), n) for n in range(1, 7)] for t in (text, *refs)]
         tables = [[(ours.total() if theirs else 0, theirs.total(), (ours & theirs).total())
                    for ours, theirs in zip(runs[0], goal)] for goal in runs[1:]]
-        best = max(tables, key=_chrf)
-        sums = [[a + b for a, b in zip(old, new)] for old, new in zip(sums, best)]
+        sums = [[a + b for a, b in zip(*two)] for two in zip(sums, max(tables, key=_chrf))]
     return _chrf(sums)
 
 # %% ../../nbs/55c_evaluate.scores.ipynb #37334eea

@@ -8,7 +8,6 @@ __all__ = ['RacePoint', 'trace_loss', 'search_step', 'gradient_step']
 # %% ../../nbs/66_evolve.race.ipynb #9537c9b9
 import itertools, time
 from typing import Callable, NamedTuple
-import torch
 from torch import nn
 from .population import population_loss
 from .runs import Strategy

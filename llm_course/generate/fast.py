@@ -11,7 +11,6 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 from .cache import KVCache
-from .draft import PairDraft
 from .sampling import apply_temperature
 
 # %% ../../nbs/54_generate.fast.ipynb #c9de68cc

@@ -10,7 +10,7 @@ import math
 from typing import Callable
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from .sampling import no_training
 
 # %% ../../nbs/50b_generate.logits.ipynb #0d1e3110

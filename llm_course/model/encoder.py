@@ -8,7 +8,6 @@ __all__ = ['Encoder', 'load_encoder', 'mask_words', 'Classifier', 'plan_trees', 
 # %% ../../nbs/37_model.encoder.ipynb #9bf68104
 from pathlib import Path
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from .files import load_model

@@ -6,7 +6,6 @@
 __all__ = ['previous_tokens', 'WindowModel']
 
 # %% ../../nbs/24_model.neuron.ipynb #53c9a7b9
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -7,9 +7,8 @@ __all__ = ['ServedModel', 'served_model', 'TextFeed', 'Chance', 'Chances', 'Piec
 
 # %% ../../nbs/91a_ship.engine.ipynb #84b7aeb2
 import codecs, math, threading, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Callable, NamedTuple
-import torch
 from torch import Tensor
 from ..align.chat import CHAT_TOKENS, render
 from ..core import patch

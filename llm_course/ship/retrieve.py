@@ -14,7 +14,6 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core import patch
 from ..model.gpt import GPT
 from ..tokens.text import Tokenizer
 from ..world.requests import PHRASES

@@ -9,7 +9,6 @@ __all__ = ['token_times', 'Waits', 'waits_of', 'RateLimit', 'WordFilter', 'histo
 import bisect, hashlib, ipaddress, json, socket, time
 from pathlib import Path
 from typing import Callable, NamedTuple
-from ..core import patch
 from .engine import ServedModel
 from .server import Api, Rules, make_app, run_server
 from ..world.requests import plain_words

@@ -8,7 +8,6 @@ __all__ = ['SPLIT_PATTERNS', 'join_pair', 'find_pattern', 'merge_bytes', 'BPETok
 # %% ../../nbs/22_tokens.bpe.ipynb #880b8159
 import heapq, math, os, warnings
 from collections.abc import Iterable
-from pathlib import Path
 import regex
 from ..core import need, patch
 from .count import SAFE_CUTS
@@ -182,7 +181,8 @@ def train(
     merges = learn_merges(words, n_merges)
     if len(merges) < n_merges:
         warnings.warn(f"no pair is left after {len(merges)} merges: the vocabulary has "
-                      f"{256 + len(merges) + len(names)} tokens, not {vocab_size}. Use more text.")
+                      f"{256 + len(merges) + len(names)} tokens, not {vocab_size}. Use more text.",
+                      stacklevel=2)
     return cls(BYTE_IDS | {a + b: 256 + i for i, (a, b) in enumerate(merges)}, names, pattern)
 
 # %% ../../nbs/22_tokens.bpe.ipynb #519566d8

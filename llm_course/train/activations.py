@@ -39,7 +39,7 @@ def parameter_counts(
     n_in = 2 if s.activation == "swiglu" else 1
     matrices = L * (2 * C * C + 2 * C * d_kv + (n_in + 1) * C * hidden)
     norm = {"layer": 2 * C, "rms": C}.get(s.norm, 0)
-    biases = L * (2 * C + 2 * d_kv + n_in * hidden + C) if s.bias else 0
+    biases = L * (C + 2 * d_kv) * (s.bias or s.qkv_bias) + L * (2 * C + n_in * hidden) * s.bias
     rows = config.vocab_size * (1 if s.tied_head else 2)
     rows += config.context_length if s.position == "learned" else 0
     return ParameterCounts(matrices, rows * C + (2 * L + 1) * norm + biases)
@@ -124,7 +124,8 @@ def activation_bytes(
     c, T, p = config, context_length or config.context_length, dtype.itemsize
     block, table = block_bytes(c, T, dtype, device), 4 * c.vocab_size
     ends = _norm_bytes(c, device) + p * c.d_model + _dropout_bytes(c, torch.float32, device) + 16
-    bend = {"gelu": 1, "swiglu": 2, "relu2": 3}[c.style.activation] * p * _widths(c)[2]
+    bends = {"gelu": 1, "gelu-erf": 1, "swiglu": 2, "relu2": 3}[c.style.activation]
+    bend = bends * p * _widths(c)[2]
     if recompute:  # either the loss or one block and its gradients, never both
         per_token = c.n_layers * 4 * c.d_model + max(3 * table, block + bend)
     else:

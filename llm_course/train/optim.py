@@ -10,12 +10,11 @@ __all__ = ['SCHEDULES', 'Optimizer', 'SGD', 'AdamW', 'newton_schulz', 'Muon', 'c
 import math
 from typing import Iterable
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from .precision import pick_precision
 
 # %% ../../nbs/40_train.optim.ipynb #c363c762
 from ..core import cut_like, patch, whole_tensor
-
 
 # %% ../../nbs/40_train.optim.ipynb #59a49ec4
 class Optimizer(torch.optim.Optimizer):

@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'Preset', 'pick_preset', 'dial_preset', 'document_lengths'
 # %% ../../nbs/47b_train.plan.ipynb #d985fe39
 import gc, math, time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterator

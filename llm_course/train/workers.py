@@ -127,19 +127,19 @@ def _start(n: int, folder: Path, inbox: queue.Queue) -> list:
     run = [sys.executable, "-c", "from llm_course.train.workers import _serve; _serve()"]
     apart = {"start_new_session": True} if sys.platform != "win32" else {"creationflags": 0x8000200}
 
-    def listen(rank, pipe):
+    def listen(place, pipe):
         try:
             while True:
-                inbox.put((rank, *need("dill", "dev").load(pipe)))
+                inbox.put((place, *need("dill", "dev").load(pipe)))
         except Exception:
-            inbox.put((rank, "ended"))
+            inbox.put((place, "ended"))
 
     processes = []
-    for rank in range(n):
-        with open(folder / f"{rank}.txt", "wb") as log:
+    for place in range(n):
+        with open(folder / f"{place}.txt", "wb") as log:
             p = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                                  env=env, **apart)
-        threading.Thread(target=listen, args=(rank, p.stdout), daemon=True).start()
+        threading.Thread(target=listen, args=(place, p.stdout), daemon=True).start()
         processes.append(p)
     return processes
 

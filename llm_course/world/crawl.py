@@ -8,7 +8,7 @@ __all__ = ['SHARES', 'crawl']
 # %% ../../nbs/02_world.crawl.ipynb #76570295
 import random, re
 from .pages import (
-    HOSTS, PAGE_LINES, BREAK, CrawlPage, PagePart, damaged, fill_line, lay_out, true_text)
+    HOSTS, PAGE_LINES, CrawlPage, PagePart, damaged, fill_line, lay_out)
 from .story import World
 
 # %% ../../nbs/02_world.crawl.ipynb #a9f5bbdf

@@ -11,7 +11,7 @@ import math
 import random
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 from ..core import patch
 
 # %% ../../nbs/00g_world.grammar.ipynb #0ff1ef4a
@@ -187,12 +187,12 @@ def _push(parts: tuple, todo: tuple | None) -> tuple | None:
     return todo
 
 @patch
-def tell(
+def choices(
     self: Grammar,
-    rng: random.Random,  # Where the chance comes from
-) -> tuple[str, float]:  # A text and the probability of the choices made for it
+    rng: random.Random, # Where the chance comes from
+) -> Iterator[tuple]:   # (part, the text printed for it, the probability of this way)
     "Make one choice after the other."
-    out, chance, todo, known = [], 1.0, (self.start, None), {}
+    todo, known = (self.start, None), {}
     while todo:
         part, todo = todo
         ways = self.ways(part, known)
@@ -201,10 +201,18 @@ def tell(
             u -= p
             if u < 0:
                 break
-        chance *= p
-        out.append(text)
         todo = _push(parts, todo)
-    return "".join(out), chance
+        yield part, text, p
+
+# %% ../../nbs/00g_world.grammar.ipynb #77ea1e1e
+@patch
+def tell(
+    self: Grammar,
+    rng: random.Random,  # Where the chance comes from
+) -> tuple[str, float]:  # A text and the probability of the choices made for it
+    "Make all choices, and join what they print."
+    _, texts, chances = zip(*self.choices(rng))
+    return "".join(texts), math.prod(chances)
 
 # %% ../../nbs/00g_world.grammar.ipynb #9ee77f97
 def _agreement(text: str, shown: str, at: int) -> int:

@@ -11,9 +11,8 @@ __all__ = ['SUMMARIES', 'PRAISE_WORDS', 'BLAME_WORDS', 'OPINION_RULES', 'ENTAILM
 import random
 import re
 from typing import Iterator, NamedTuple
-from ..core import patch
 from .grammar import Grammar, PickPart
-from .story import FACT_VALUES, STORY_LISTS
+from .story import STORY_LISTS
 from .sister import Sister
 
 # %% ../../nbs/35b_world.labels.ipynb #2f83310b

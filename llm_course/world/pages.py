@@ -8,7 +8,7 @@ __all__ = ['BREAK', 'PRIVATE', 'CONTENT', 'BOILERPLATE', 'PAGE_LINES', 'HOSTS', 
 
 # %% ../../nbs/01a_world.pages.ipynb #36afb821
 import html, random, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 from ..core import asset
 from .grammar import read_sections
