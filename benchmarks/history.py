@@ -1,4 +1,4 @@
-"""Sixty years of language models on one axis, and how fast counting is.
+"""Language models from 1948 to 2023 on one axis, and how fast counting is.
 
     python benchmarks/history.py [--order 5] [--rounds 3] [--no-counting]
 

@@ -36,7 +36,8 @@ FILE = Path(__file__).parent.parent / "llm_course" / "assets" / "encoder.json"
 SHIPPED = {True: "encoder.safetensors", False: "decoder.safetensors"}
 NAMES = ("<|endoftext|>", "<unk>", "<pad>", "<mask>")
 SEEDS, LABELS, HELD = (0, 1, 2), (100, 400, 1600), 500
-READ_STEPS, TUNE_STEPS = 500, 120
+READ_STEPS, TUNE_STEPS = 4000, 300
+LOOKS = 250, 500, 1000, 2000, 4000  # steps of reading after which the surprise is noted
 
 
 def in_rows(texts: list, tokenizer) -> torch.Tensor:
@@ -71,16 +72,44 @@ def batches_for(rows, tokenizer, masked: bool, seed: int):
         yield read, targets, targets >= 0
 
 
-def pretrain(masked: bool, rows, tokenizer, seed: int, steps: int = READ_STEPS) -> GPT:
-    "An encoder or a decoder that has read the corpus; the same sizes, the same first weights."
+@torch.no_grad()
+def surprise(body: GPT, texts: list, tokenizer) -> float:
+    "Nats at a word: an encoder sees the rest of its sentence, a decoder what stands before."
+    total, count = 0.0, 0
+    for row in (in_rows([text], tokenizer) for text in texts):
+        at, wanted = torch.arange(row.shape[1] - 2), row[0, 1:-1]
+        if isinstance(body, Encoder):
+            hidden = row.repeat(len(at), 1)
+            hidden[at, at + 1] = tokenizer.special_tokens["<mask>"]
+            logits = body(hidden)[at, at + 1]
+        else:
+            logits = body(row)[0, :-2]
+        total += F.cross_entropy(logits[:, :len(tokenizer.ranks)], wanted, reduction="sum").item()
+        count += len(at)
+    return round(total / count, 4)
+
+
+def unseen_sentences(read: list) -> list:
+    "Sentences that are not in the corpus."
+    return [text for text in Sister().sentences(6300, seed=7)[6000:] if text not in set(read)][:150]
+
+
+def pretrain(masked: bool, rows, tokenizer, seed: int, unseen: list, steps: int = READ_STEPS) -> tuple:
+    "An encoder or a decoder that has read the corpus, and its surprise on the way."
     set_seed(seed)
     config = GPTConfig(tokenizer.vocab_size, 64, d_model=64, n_layers=2, n_heads=4)
     pad = tokenizer.special_tokens["<pad>"]
     model = Encoder(config, pad) if masked else GPT(config)
-    if steps:
-        batches = batches_for(rows, tokenizer, masked, seed)
-        train(model, batches, TrainConfig(steps, precision="float32"), watch=None)
-    return model
+    looks = []
+
+    def look(trainer):
+        if trainer.progress.step in LOOKS:
+            looks.append(surprise(model.eval(), unseen, tokenizer))
+            model.train()
+
+    batches = batches_for(rows, tokenizer, masked, seed)
+    train(model, batches, TrainConfig(steps, precision="float32"), eval_every=LOOKS[0], watch=look)
+    return model.eval(), looks
 
 
 def fit(model, inputs, labels, steps: int, seed: int, size: int = 32) -> nn.Module:
@@ -114,10 +143,15 @@ def tasks(tokenizer) -> dict:
 def measure_reading(seeds=SEEDS, labels=LABELS) -> dict:
     "Accuracy by task, reader and number of labels: a list of one for each seed."
     texts, tokenizer = make_corpus()
-    rows, given, found = in_rows(texts, tokenizer), tasks(tokenizer), {}
+    rows, given, unseen = in_rows(texts, tokenizer), tasks(tokenizer), unseen_sentences(texts)
+    found, surprises = {}, {"encoder": [], "decoder": []}
     pad = tokenizer.special_tokens["<pad>"]
     for seed in seeds:
-        bodies = {masked: pretrain(masked, rows, tokenizer, seed) for masked in (True, False)}
+        bodies = {}
+        for masked, name in ((True, "encoder"), (False, "decoder")):
+            bodies[masked], looks = pretrain(masked, rows, tokenizer, seed, unseen)
+            surprises[name].append(looks)
+            print(seed, name, "surprise after", dict(zip(LOOKS, looks)), flush=True)
         if seed == 0:
             for masked, body in bodies.items():
                 save_model(body, FILE.parent / SHIPPED[masked], torch.bfloat16)
@@ -129,11 +163,12 @@ def measure_reading(seeds=SEEDS, labels=LABELS) -> dict:
                     copy.load_state_dict(body.state_dict())
                     set_seed(seed)
                     model = Classifier(copy, int(wanted.max()) + 1, pool, pad)
-                    fit(model, inputs[:n], wanted[:n], TUNE_STEPS + n // 16, seed)
+                    fit(model, inputs[:n], wanted[:n], TUNE_STEPS + n // 4, seed)
                     got = accuracy(model, inputs[-HELD:], wanted[-HELD:])
                     found.setdefault(task, {}).setdefault(name, {}).setdefault(str(n), []).append(got)
                 print(seed, task, f"{name:24}", {n: v[-1] for n, v in found[task][name].items()}, flush=True)
-    return {"tasks": found, "parameters": count_params(bodies[True]), "read_steps": READ_STEPS}
+    return {"tasks": found, "surprise": surprises, "looks": LOOKS, "read_steps": READ_STEPS,
+            "tune_steps": {n: TUNE_STEPS + n // 4 for n in labels}, "parameters": count_params(bodies[True])}
 
 
 class Bag(nn.Module):

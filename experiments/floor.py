@@ -24,6 +24,7 @@ from record import made_by
 from llm_course.core import asset, atomic_write
 from llm_course.data.batches import DocumentBatches
 from llm_course.data.shards import memory_shards
+from llm_course.evaluate.history import find_owners
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.train.floor import shrink_embedding
 from llm_course.train.loop import TrainConfig, train
@@ -51,13 +52,10 @@ def marked_stories(world: World, tokenizer, n: int, seed: int = 12) -> list:
     "Token ids, the kind of each, and what each costs a reader who knows everything."
     rng, rows = random.Random(seed), []
     for _ in range(n):
-        told = [(text, kind_of(part)) for part, text, _ in world.choices(rng)]
-        kinds = [kind for text, kind in told for _ in text]
-        ids = tokenizer.encode("".join(text for text, _ in told))
-        pieces, at, of = [tokenizer.decode([i]) for i in ids], 0, []
-        for piece in pieces:
-            of.append(kinds[min(at + len(piece) - len(piece.lstrip()), len(kinds) - 1)])
-            at += len(piece)
+        parts, texts, _ = zip(*world.choices(rng))
+        kinds, ids = [kind_of(part) for part in parts], tokenizer.encode("".join(texts))
+        pieces = [tokenizer.decode([i]) for i in ids]
+        of = [kinds[i] for i in find_owners(pieces, texts)]
         rows.append((ids, [*of, "story"], torch.tensor(world.surprises(pieces))))
     return rows
 

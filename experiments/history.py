@@ -1,4 +1,4 @@
-"""Sixty years of language models on one axis: nats above the story world's floor, at equal work.
+"""Language models from 1948 to 2023 on one axis: nats above the story world's floor, at equal work.
 
     python experiments/history.py                        # repeats the n-grams, compares with the record
     python experiments/history.py --file llm_course/assets/history.json     # makes or continues it
