@@ -164,7 +164,7 @@ class Placed(NamedTuple):
     low: float      # Of the best seed
     high: float     # Of the worst
     seeds: int      # How many
-    stories: int    # That it learned from
+    stories: int    # That it learned from, median
     speed: float    # Tokens per second of one thread, median
     groups: dict    # Group -> (its part of the excess, its tokens' mean excess)
 
@@ -193,5 +193,6 @@ def _place(kind: str, runs: list[dict]) -> Placed:
     for group, (_, count) in runs[0]["groups"].items():
         total = sum(r["groups"][group][0] for r in runs) / len(runs)
         sums[group] = total / tokens, total / count
+    stories = sorted(r["stories"] for r in runs)[len(runs) // 2]
     return Placed(kind, sum(excesses) / len(runs), min(excesses), max(excesses), len(runs),
-                  runs[0]["stories"], speeds[len(speeds) // 2], sums)
+                  stories, speeds[len(speeds) // 2], sums)
