@@ -52,7 +52,7 @@ def tell_linked(
 ) -> list[LinkedPiece]: # Joined, their texts are a story
     "Tell a story as `World.tell` does, and say for each piece which earlier one settles it."
     pieces, printed = [], {}
-    for _, text, part in world.tell_parts(rng):
+    for part, text, _ in world.choices(rng):
         if isinstance(part, TextPart):
             pieces.append(LinkedPiece(text, "story"))
         elif isinstance(part, (ShowPart, DrawPart)):
