@@ -135,6 +135,27 @@ def test_import_is_quick():
     assert loaded.strip() == "False", "import llm_course must not import torch"
 
 
+def lint(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess:
+    "Ruff with the rules of pyproject.toml: dead imports, unknown names, closures that see too late."
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--quiet", *arguments]
+    return subprocess.run(
+        command, input=text, capture_output=True, text=True, encoding="utf-8", cwd=ROOT
+    )
+
+
+def test_no_fault_that_a_linter_sees():
+    found = lint("llm_course", "nbs", "tools", "tests", "benchmarks", "experiments", "setup.py")
+    assert found.returncode == 0, (
+        f"{found.stdout}A module imports what its exported cells need; what only the lesson "
+        "needs goes into a cell that is not exported."
+    )
+
+
+def test_the_linter_sees_a_dead_import_in_a_module():
+    found = lint("--stdin-filename", "llm_course/core.py", "-", text="import os\n")
+    assert found.returncode == 1 and "F401" in found.stdout
+
+
 def text_files() -> list:
     "Files of the project that people read, notebooks and generated modules left out."
     listed = subprocess.run(

@@ -4,6 +4,7 @@ import ast
 import base64
 import io
 import json
+import re
 
 import nbformat
 import pytest
@@ -94,3 +95,18 @@ def test_what_a_cell_shows_is_stored(lesson):
     ]
     command = f"python tools/lessons.py --store {lesson.name}"
     assert not empty, f"{lesson.name}: no output is stored for cells {empty}: {command}"
+
+
+def test_the_first_page_shows_what_its_prose_says():
+    "It asserts next to nothing itself, so that a beginner reads no tests; its outputs are held here."
+    start = next(lesson for lesson in LESSONS if lesson.name == "00_start")
+    shown = "".join(text for cell in start.code_cells for text in rules.output_texts(cell))
+    known = dict(re.findall(r"^(\w+) +the \w+ +\( ?(\d+)% sure\) +true: (?!nobody)", shown, re.M))
+    invented = re.findall(r"^(\w+) +the \w+ +\( ?(\d+)% sure\) +true: nobody", shown, re.M)
+    assert set(known) == {"Ada", "Felix", "Mabel"} and len(invented) == 3
+    assert min(map(int, known.values())) > max(int(sure) for _, sure in invented)
+    before, after = map(float, re.search(r"floor: ([\d.]+) nats .* before, ([\d.]+) now", shown).groups())
+    assert after < before / 5
+    assert "the next word: Gilbert" in shown
+    assert "roses and moths" in shown and "I cannot tell you what is in it" in shown
+    assert "this is always the likeliest word" in shown

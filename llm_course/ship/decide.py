@@ -26,7 +26,7 @@ PRICES = {
                      "GPT-4o mini, platform.openai.com/docs/pricing", "April 2026"),
     "gpu": Price(1.99, 5.00, "USD per hour of an H100",
                  "mercatus-ai.com/blog/cloud-gpu-pricing", "May 2026"),
-    "tuning": Price(0.46, 0.46, "USD per million tokens of LoRA training, to 10 billion parameters",
+    "tuning": Price(0.46, 0.46, "USD per million tokens of LoRA training (up to 10B)",
                     "docs.ori.co/fine-tuning/billing", "no date; read 2026"),
     "speed": Price(1e3, 1e4, "tokens per second of a GPU, over day and night", "assumption", ""),
     "person": Price(8e3, 2e4, "USD per month of an engineer", "assumption", ""),
