@@ -332,20 +332,19 @@ def _say_next(folder: Path) -> None:
                f"Report card: {shell_line('llm-course', 'build', '--out', folder)}")
 
 # %% ../nbs/98b_cli.ipynb #02a2cc69
-def _tune(source: str, out: Path | None, text: dict, sizes: dict, device: str | None) -> None:
-    "Teach a model of somebody else a text."
+def _train_from(name: str | None, out: Path | None, settings, machine, whole: bool) -> Path:
+    "Begin with a model that is there, or go on with a run that did; its folder."
+    from llm_course.pipeline.begin import train_from
     from llm_course.pipeline.run import usual_folder
-    from llm_course.pipeline.weights import tune_into_run
-    budget, changes, data = sizes["budget"], sizes["changes"] or {}, text["data"]
-    if not data or (budget and not budget.steps):
-        raise ValueError("train --from needs a text: give --data; and say how long by --steps")
-    names = {"lr": "lr", "context_length": "context_length", "batch_size": "batch_size"}
-    how = {ours: changes[name] for name, ours in names.items() if name in changes}
-    how |= {"steps": budget.steps} if budget else {}
-    folder = out or usual_folder(data, "tuned")
-    tune_into_run(source, folder, data, text["column"] or "text", text["limit"], device,
-                  seed=sizes["seed"] or 0, **how)
-    typer.echo(f"Talk to it:  {shell_line('llm-course', 'chat', folder)}")
+    folder = out or usual_folder(settings.data or "world", "tuned")
+    work = lambda reporter: train_from(name, folder, settings, reporter, machine, whole)
+    run_with_progress(work, folder, "build" if whole else "train")
+    return folder
+
+def _began_with_model(out: Path | None) -> bool:
+    "Did --from begin the run that lies there?"
+    from llm_course.pipeline.begin import begins_with_model
+    return begins_with_model(out)
 
 # %% ../nbs/98b_cli.ipynb #1885d387
 def _train_preset(text, sizes, machine, arch, out, tracker) -> None:
@@ -374,12 +373,17 @@ def _train(
     *,
     arch: str | None = None,     # gpt unless chosen; ngram, window, rnn, lstm, gru, linear or moe
     out: Path | None = None,     # Folder of the run; by default runs/DATA-PRESET
-    from_: str | None = None,    # Teach this model instead (run, folder, .gguf, hf:NAME), by LoRA
+    from_: str | None = None,    # Teach this model (run, folder, .gguf, hf:NAME, shipped) by LoRA
     tracker: str | None = None,  # module:function that is given the numbers of each look
 ) -> None:
     "Train a model by a preset; also under torchrun. The same command continues a run."
-    if from_:
-        return _tune(from_, out, text, sizes, machine["device"])
+    if from_ and arch:
+        raise ValueError("--from and --arch: a model that is there is of its kind already")
+    if from_ or _began_with_model(out):
+        from llm_course.pipeline.run import Settings
+        from llm_course.train.plan import Machine
+        settings = Settings(**text, **sizes)
+        return _say_next(_train_from(from_, out, settings, Machine(**machine), False))
     _train_preset(text, sizes, machine, arch, out, tracker)
 
 # %% ../nbs/98b_cli.ipynb #f7e373dd
@@ -391,6 +395,15 @@ def _teaching_options(
 ) -> dict:                          # For `Settings`
     "What makes an assistant of the model."
     return {"teaching": {k: v for k, v in locals().items() if v is not None} or None}
+
+# %% ../nbs/98b_cli.ipynb #98b0e002
+def _build_any(name: str | None, folder: Path, settings, machine) -> None:
+    "Build from nothing, or upon a model."
+    from llm_course.pipeline.build import build_run
+    if name or _began_with_model(folder):
+        return _train_from(name, folder, settings, machine, True)
+    work = lambda reporter: build_run(folder, settings, reporter, machine)
+    run_with_progress(work, folder, "build")
 
 # %% ../nbs/98b_cli.ipynb #04c07a3c
 @command
@@ -406,16 +419,16 @@ def _build(
     device: str | None = None,    # cuda, mps or cpu; by default the fastest
     seed: int | None = None,      # Of everything random; 0 unless chosen
     raw: bool = False,            # Learn from web pages as they are, without cleaning them first?
+    from_: str | None = None,     # Begin with this model: run, folder, .gguf, hf:NAME, shipped
 ) -> None:
     "From a text to an assistant and its report card. The same command continues a run."
-    from llm_course.pipeline.build import build_run
     from llm_course.pipeline.run import Settings, choose_budget, usual_folder
     from llm_course.train.plan import Machine
-    folder, budget = out or usual_folder(text["data"] or "world"), choose_budget(minutes, steps)
+    usual = usual_folder(text["data"] or "world", "tuned" if from_ else None)
+    folder, budget = out or usual, choose_budget(minutes, steps)
     text = text if raw else _cleaned(text, folder)
     settings = Settings(**text, **teaching, size=depth, budget=budget, seed=seed)
-    run_with_progress(lambda reporter: build_run(folder, settings, reporter, Machine(device)),
-                      folder, "build")
+    _build_any(from_, folder, settings, Machine(device))
     typer.echo(f"Report card: {visible_text(str(folder / 'report.html'))}\n"
                f"Talk to it:  {shell_line('llm-course', 'chat', folder)}")
 
@@ -424,13 +437,14 @@ def _build(
 @with_options(_teaching_options)
 def _align(
     teaching: dict,              # From `_teaching_options`
-    run: Path | None = None,     # A finished run; by default the models that ship
+    run: Path | None = None,     # A run, a folder of Hugging Face, a .gguf file, or hf:NAME
     *,
     out: Path | None = None,     # Folder of the new run; by default runs/NAME-aligned
     device: str | None = None,   # cuda, mps or cpu; by default the fastest
 ) -> None:
     "Teach a finished model by conversations or preferences. The same command continues."
-    from llm_course.pipeline.assistant import Teaching, align_run, aligned_folder
+    from llm_course.pipeline.assistant import Teaching, aligned_folder
+    from llm_course.pipeline.begin import align_run
     from llm_course.train.plan import Machine
     given = Teaching(**(teaching["teaching"] or {}))
     folder = out or aligned_folder(given)
@@ -457,15 +471,15 @@ def _chat(
 # %% ../nbs/98b_cli.ipynb #c40f8b6e
 @command
 def _share(
-    run: Path | None = None,   # A run's folder; by default the assistant that ships
+    run: Path | None = None,   # A run, a folder of Hugging Face, a .gguf file, or hf:NAME
     *,
     out: Path | None = None,   # The page; by default NAME.html
     stage: str | None = None,  # base, sft or assistant; by default the last that there is
 ) -> None:
     "Write a model as one HTML file that opens in any browser, without server and network."
-    from llm_course.pipeline.build import load_run
+    from llm_course.pipeline.weights import open_model
     from llm_course.ship.share import share_run
-    loaded = load_run(run, "cpu", stage)
+    loaded = open_model(run, "cpu", stage).as_gpt("share")
     path = out or Path(f"{Path(loaded.name).resolve().name}.html")
     size = share_run(path, loaded)
     typer.echo(f"{size / 1e6:.1f} MB in {visible_text(str(path))}: open it in a browser")
@@ -521,43 +535,33 @@ def _judging_options(
     return {"data": data, "column": column, "limit": limit, "device": device, "tasks": names,
             "harness": harness}
 
-# %% ../nbs/98b_cli.ipynb #6eb3483f
-def _grade_foreign(run: Path | None, how: dict, json: bool) -> bool:
-    "Grade a folder of Hugging Face, a GGUF file or hf:NAME; False for a run."
-    from llm_course.pipeline.weights import grade_any, kind_of_model
-    named = run is not None and (str(run).startswith("hf:") or run.exists())
-    if not named or kind_of_model(run) == "a run":
-        return False
-    known = {name: how[name] for name in ("data", "column", "limit", "device") if how.get(name)}
-    figures = grade_any(run, **known)
-    for line in [_as_json(figures)] if json else [f"{k.replace('_', ' '):<20}{v:,.4g}"
-                                                  for k, v in figures.items()]:
-        typer.echo(line)
-    return True
-
+# %% ../nbs/98b_cli.ipynb #e86f07e5
 def _as_json(figures: dict) -> str:
     "Figures for another program."
     return json.dumps(figures)
 
-# %% ../nbs/98b_cli.ipynb #e86f07e5
+def _own_folder(run: Path | None) -> Path | None:
+    "A run's folder; None for models of others, beside which nothing is written."
+    from llm_course.ship.sources import RUN, is_shipped, kind_of_model
+    return None if is_shipped(run) or kind_of_model(run) != RUN else run
+
+# %% ../nbs/98b_cli.ipynb #98b0e001
 @command
 @with_options(_judging_options)
 def _eval(
     how: dict,                  # From `_judging_options`
-    run: Path | None = None,    # A run's folder; by default the model that ships
-    other: Path | None = None,  # Another run, to compare with it on the same documents
+    run: Path | None = None,    # A run, a folder of Hugging Face, a .gguf file, or hf:NAME
+    other: Path | None = None,  # Another model, to compare with it on the same documents
     *,
     out: Path | None = None,    # Folder of eval.json and eval.html; by default the run's
     json: bool = False,         # Print JSON instead of a table?
 ) -> None:
-    "Loss, bits per byte, tasks, with intervals; two runs: do they differ? A table and a page."
+    "Loss, bits per byte, tasks, with intervals; two models: do they differ? Table and page."
     from llm_course.evaluate.compare import judgement_dict, judgement_lines
     from llm_course.pipeline.evaluate import judge_runs, write_judgement
-    if other is None and _grade_foreign(run, how, json):
-        return
     judged = judge_runs([run] if other is None else [run, other], **how)
     lines = [_as_json(judgement_dict(judged))] if json else judgement_lines(judged)
-    out = out or (run if other is None else Path("runs") / "eval")
+    out = out or (_own_folder(run) if other is None else Path("runs") / "eval")
     if out is not None:
         made = write_judgement(judged, out)
         lines += [] if json else [f"Written: {made[0]}, {made[1]}"]
@@ -570,7 +574,7 @@ def _export(
     run: Path | None = None,   # A run, a folder of Hugging Face, a .gguf file, or hf:NAME
     *,
     format: str = "hf",        # hf, gguf or safetensors
-    kind: str = "F32",         # Of the weights: F32, F16, BF16; for gguf Q8_0, Q4_0 or Q4_1, too
+    kind: str = "F32",         # F32, F16, BF16; gguf also Q8_0, Q4_0, Q4_1; safetensors INT8, INT4
     out: Path | None = None,   # Where to; by default NAME-hf, NAME.gguf or NAME-safetensors
     stage: str | None = None,  # base, sft or assistant; by default the last that there is
 ) -> None:
@@ -585,11 +589,11 @@ def _export(
 # %% ../nbs/98b_cli.ipynb #68cfa39a
 @command
 def _report(
-    run: Path,                  # A run's folder, finished or not
+    run: Path,                  # A run's folder, finished or not, of any kind of model
     *,
     device: str | None = None,  # cuda, mps or cpu; by default the fastest
 ) -> None:
     "Write the report card of a run as far as it is."
-    from llm_course.pipeline.build import report_run
+    from llm_course.pipeline.begin import report_model
     from llm_course.train.plan import Machine
-    typer.echo(f"Report card: {visible_text(str(report_run(run, Machine(device))))}")
+    typer.echo(f"Report card: {visible_text(str(report_model(run, Machine(device))))}")

@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from llm_course import cli
-from llm_course.pipeline.assistant import Teaching, adopt_run, assistant_stages, hold_back
+from llm_course.pipeline.assistant import Teaching, assistant_stages, hold_back
+from llm_course.pipeline.begin import adopt_run
 from llm_course.pipeline.pretrain import BASE_STAGES
 from llm_course.pipeline.run import Settings
 
@@ -138,9 +139,12 @@ def test_align_with_new_conversations_begins_with_the_base_model(rhymes, tmp_pat
 
 
 def test_adopt_run_says_what_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.bpe"):
+    with pytest.raises(FileNotFoundError, match="there is no"):
         adopt_run(tmp_path / "nowhere", tmp_path / "new", keep_sft=True)
     assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no tokenizer.bpe"):
+        adopt_run(tmp_path / "empty", tmp_path / "new", keep_sft=True)
     with pytest.raises(ValueError, match="grpo"):
         Teaching(method="hope").check()
 

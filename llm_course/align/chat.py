@@ -76,6 +76,8 @@ def add_chat_tokens(
     seed: int = 0,            # For the new rows of the model
 ) -> tuple[Tokenizer, GPT | None]: # Copies that know `CHAT_TOKENS`
     "Teach a tokenizer and its model the special tokens of a chat, as far as they are missing."
+    if getattr(tokenizer, "chat_form", None):  # a model from elsewhere has its own
+        return tokenizer, copy.deepcopy(model)
     missing = [name for name in CHAT_TOKENS if name not in tokenizer.special_tokens]
     ids = {name: tokenizer.vocab_size + i for i, name in enumerate(missing)}
     special = {**tokenizer.special_tokens, **ids}

@@ -74,7 +74,7 @@ class _PairScorer:
     "Pairs as tokens, and what the reference says of them: computed once, before."
     def __init__(self, reference: GPT, tokenizer, pairs: Iterable, dtype: torch.dtype):
         self.encoded = encode_pairs(pairs, tokenizer, reference.config.context_length, False)
-        self.assistant_id = tokenizer.special_tokens["<|assistant|>"]
+        self.assistant_id = tokenizer.special_tokens.get("<|assistant|>", -2)  # -2: all counts
         self.device, self.dtype = reference.embed.weight.device, dtype
         self.reference, self.lengths = _score_all(self, reference)
 

@@ -92,7 +92,7 @@ def train_reward(
     **more,                        # More for `train`: folder, eval_every, watch, curve ...
 ) -> Progress:                     # Losses in nats per comparison
     "Fit scores to choices. At the end, 0 is the mean score of the answers in `pairs`."
-    model.reply_id.fill_(tokenizer.special_tokens["<|assistant|>"])
+    model.reply_id.fill_(tokenizer.special_tokens.get("<|assistant|>", -2))  # -2: no such token
     groups = encode_pairs(pairs, tokenizer, model.config.context_length).groups
     batches = PairBatches(groups, batch_size, seed)
     budget = budget_of_passes(len(batches.plan), 1, epochs, steps, minutes)

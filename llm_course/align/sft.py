@@ -42,9 +42,11 @@ class ChatBatches(DocumentBatches):
         if not 1 <= longest <= context_length:
             raise ValueError(f"the longest text has {longest} tokens to learn from, and a row "
                              f"has {context_length}; see `fit_chat`")
-        settings = dict(seed=seed, pack=pack)
         end_id, V = texts[0].tokens[0], 1 + max(max(t.tokens) for t in texts)
-        tokens = _as_shards([t.tokens for t in texts], end_id, V)
+        if any(t.tokens[0] != end_id or end_id in t.tokens[1:-1] for t in texts):
+            end_id, pack = V, False  # in the form of another model, nothing marks a text's start
+        self.fill, settings = end_id % V, dict(seed=seed, pack=pack)
+        tokens = _as_shards([t.tokens for t in texts], end_id, V + 1)
         masks = _as_shards([t.loss_mask for t in texts], 2, 3)
         super().__init__(tokens, batch_size, context_length, **settings)
         self.masks = DocumentBatches(masks, batch_size, context_length, **settings)
@@ -52,7 +54,8 @@ class ChatBatches(DocumentBatches):
     def batch(self, epoch: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
         "Tokens, targets and loss mask (B, T) of pass `epoch`, from row number `row` on."
         tokens, targets, _ = super().batch(epoch, row)
-        return tokens, targets, self.masks.batch(epoch, row)[1] == 1
+        end_id, told = self.shards.end_id, self.masks.batch(epoch, row)[1] == 1
+        return *(x.masked_fill(x == end_id, self.fill) for x in (tokens, targets)), told
 
 # %% ../../nbs/72_align.sft.ipynb #b6a754ad
 class PackedGPT(nn.Module):
@@ -103,8 +106,8 @@ def train_sft(
     texts += [render_story(tokenizer, story) for story in stories]
     batches = ChatBatches(texts, batch_size, model.config.context_length, seed, pack)
     budget = budget_of_passes(sum(1 for _ in one_pass(batches)), 4, epochs, steps, minutes)
-    narrow = not all(p.requires_grad for p in model.parameters())
-    config = TrainConfig(**budget, lr_matrix=None if narrow else lr_matrix, lr=lr)
-    progress = train(PackedGPT(model, tokenizer.end_id) if pack else model, batches, config, **more)
+    lr_matrix = lr_matrix if all(p.requires_grad for p in model.parameters()) else None
+    learner = PackedGPT(model, batches.shards.end_id) if batches.settings["pack"] else model
+    progress = train(learner, batches, TrainConfig(**budget, lr_matrix=lr_matrix, lr=lr), **more)
     model.eval()
     return progress

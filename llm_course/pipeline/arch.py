@@ -6,6 +6,7 @@
 __all__ = ['train_arch', 'arch_folder', 'run_arch']
 
 # %% ../../nbs/95f_pipeline.arch.ipynb #786b2e3d
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -18,9 +19,9 @@ from ..model.gpt import count_params
 from ..model.kinds import MODEL_KINDS, make_kind, save_kind, training_flops
 from .pretrain import BASE_STAGES, token_parts
 from .run import Run, Settings, read_stages, run_stages, usual_folder
-from ..train.loop import TrainConfig, evaluate, train
+from ..train.loop import evaluate, train
 from ..train.plan import Machine, Plan
-from ..train.watch import Reporter
+from ..train.watch import Reporter, write_log
 
 # %% ../../nbs/95f_pipeline.arch.ipynb #b198a4c3
 _ORDER = 5  # of an n-gram model
@@ -44,16 +45,20 @@ def _outline(run: Run, kind: str) -> Plan:
 def _plan_arch(run: Run, kind: str) -> dict:
     "Stage 3: decide, and write down."
     plan = _outline(run, kind)
+    order = {"order": _ORDER} if kind == "ngram" else {}
     return {"arch": kind, "d_model": plan.model.d_model, "n_layers": plan.model.n_layers,
-            "batch_size": plan.batch_size, "training": asdict(plan.training)}
+            "batch_size": plan.batch_size, "training": asdict(plan.training), **order,
+            "documents": plan.documents, "context_length": plan.model.context_length,
+            "device": run.device.type}
 
 # %% ../../nbs/95f_pipeline.arch.ipynb #f4083abd
-def _watch(reporter: Reporter, config: TrainConfig) -> Callable:
-    "Tell how far it is at each look."
+def _watch(run: Run) -> Callable:
+    "Tell how far it is at each look, and log it."
     def tell(trainer):
         row = trainer.progress.history[-1]
         done = trainer.budget.used(trainer.step, trainer.seconds)
-        reporter.progress(done, 1.0, f"step {row['step']}  loss {row['train']:.3f}")
+        run.reporter.progress(done, 1.0, f"step {row['step']}  loss {row['train']:.3f}")
+        write_log(run.folder, trainer.progress.history)
     return tell
 
 # %% ../../nbs/95f_pipeline.arch.ipynb #8968e406
@@ -64,15 +69,19 @@ def _fit_arch(run: Run, kind: str) -> dict:
     text = torch.cat([torch.from_numpy(a.astype("int64")) for a in shards.arrays]) \
         if kind == "ngram" else None
     set_seed(run.settings.seed)
+    begin = time.monotonic()
     sizes = c.d_model, c.n_layers, c.n_heads, c.context_length
     model = make_kind(kind, c.vocab_size, *sizes, text, _ORDER)
     rows = DocumentBatches(held, plan.batch_size, c.context_length, shuffle=False, pack=False)
     valid, figures = list(islice(one_pass(rows), 12)), {"arch": kind}
-    if kind != "ngram":
+    if kind == "ngram":
+        figures |= {"tokens": len(text), "training": time.monotonic() - begin}
+    else:
         batches = plan.batches(shards, run.settings.seed)
         done = train(model.to(run.device), batches, config, valid, run.folder / "checkpoints", 50,
-                     watch=_watch(run.reporter, config))
+                     watch=_watch(run))
         figures |= {"steps": done.step, "tokens": done.tokens, "training": done.seconds}
+    figures["speed"] = figures["tokens"] / max(figures["training"], 1e-9)
     return figures | _finish_arch(run, kind, model, valid, c.context_length)
 
 # %% ../../nbs/95f_pipeline.arch.ipynb #a911921d
@@ -81,8 +90,7 @@ def _finish_arch(run: Run, kind: str, model, valid: list, context_length: int) -
     figures = {"valid": evaluate(model, valid), "parameters": count_params(model),
                 "flops_per_token": training_flops(model, context_length)}
     save_kind(model, run.folder / f"{kind}.safetensors")
-    run.reporter.say(f"trained     {kind}: validation loss {figures['valid']:.3f} nats per token; "
-                     f"{run.folder / kind}.safetensors")
+    run.reporter.say(f"trained     {kind}: validation loss {figures['valid']:.3f} nats per token")
     return figures
 
 # %% ../../nbs/95f_pipeline.arch.ipynb #ed776017

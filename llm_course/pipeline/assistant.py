@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['TEACHING_METHODS', 'MODEL_FILES', 'Teaching', 'aligned_folder', 'hold_back', 'model_files', 'grade_assistant',
-           'sft_stage', 'reward_stage', 'policy_stage', 'assistant_stages', 'assistant_sections', 'adopt_run',
-           'align_run']
+           'sft_stage', 'reward_stage', 'policy_stage', 'assistant_stages', 'assistant_sections']
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #22c102d4
 import json, math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -24,22 +23,20 @@ from ..align.judge import collect_pairs
 from ..align.reward import reward_function, reward_margins, train_reward
 from ..align.reward_model import RewardModel, load_reward, save_reward
 from ..align.sft import ChatBatches, train_sft
-from ..core import asset, atomic_write, folder_lock, patch
+from ..core import asset, patch
 from ..data.batches import held_out, one_pass
-from ..guard import reads
 
 # %% ../../nbs/95d_pipeline.assistant.ipynb #48475722
-from ..model.files import load_model, save_model
+from ..model.files import save_model
 from ..model.gpt import GPT
 from .pretrain import (
     BASE_STAGES, WholeRun, decode_documents, make_tokenizer, token_parts)
 from .report import answers_html, grid_html, line_chart, report_phrases
-from .run import (
-    Run, Settings, foreign_files, full_paths, read_json, run_stages, usual_folder, write_json)
-from ..tokens.exchange import load_tokenizer
+from .run import Run, Settings, usual_folder
+from ..ship.sources import full_weights, open_weights
+from ..tokens.hub import TOKENIZER_FILES, kept_tokenizer
 from ..tokens.text import Tokenizer
 from ..train.loop import evaluate
-from ..train.plan import Machine
 from ..train.watch import QuietReporter, Reporter
 from ..world.story import World
 from ..world.talk import Talk, best_accuracy
@@ -141,13 +138,13 @@ def _check_lengths(
     T: int,             # The model's context
 ) -> None:
     "Raise `ValueError` before any training if nothing to learn from fits the model."
-    path = run.folder / "tokenizer.bpe"
-    if not path.exists():
+    try:
+        tokenizer, _ = add_chat_tokens(kept_tokenizer(run.folder))
+    except FileNotFoundError:
         raise ValueError("the shards come without a tokenizer, so conversations can't become "
-                         "tokens: give one with --tokenizer")
+                         "tokens: give one with --tokenizer") from None
     if t.knows_world():
         return
-    tokenizer, _ = add_chat_tokens(load_tokenizer(path))
     chats, pairs = _read_examples(t, QuietReporter(), tokenizer, T)
     for name, rows in ((t.chats, chats), (t.preferences, pairs)):
         if name != "none" and not rows:
@@ -204,7 +201,8 @@ def model_files(
 ) -> dict[str, Path]:    # "tokenizer" and the names of `MODEL_FILES` -> where they are, or would be
     "Where the models of a run lie."
     if folder is not None:
-        return {"tokenizer": folder / "tokenizer.bpe",
+        names = [n for n in TOKENIZER_FILES[:2] if (folder / n).exists()] or TOKENIZER_FILES
+        return {"tokenizer": folder / names[0],
                 **{name: folder / file for name, file in MODEL_FILES.items()}}
     tokenizer = asset("story.bpe")
     models = {name: tokenizer.parent / file for name, file in MODEL_FILES.items()}
@@ -215,8 +213,8 @@ def _open_model(
     stage: str, # A name of `MODEL_FILES`
 ) -> tuple[GPT, Tokenizer]: # Both know the special tokens of a chat
     "A model of the run and its tokenizer, ready to chat."
-    tokenizer = load_tokenizer(run.folder / "tokenizer.bpe")
-    model = load_model(run.folder / MODEL_FILES[stage], run.device)
+    tokenizer = kept_tokenizer(run.folder)
+    model = full_weights(open_weights(run.folder / MODEL_FILES[stage], run.device))
     tokenizer, model = add_chat_tokens(tokenizer, model)
     return model.to(run.device), tokenizer
 
@@ -268,6 +266,8 @@ def _reminders(
     if run.source == "world":
         stories = World(seed=0).sample(n, seed=20)
         return [story for story in stories if len(tokenizer.encode(story)) < T]
+    if run.facts.get("tokens") == {}:  # nobody knows what a model from elsewhere has read
+        return []
     train, _ = token_parts(run.folder, run.facts)
     pieces, length = [], T - 16  # cut tokens may be spelt longer
     for text in decode_documents(train, tokenizer):
@@ -321,6 +321,15 @@ def _grades(teaching: Teaching, model: GPT, tokenizer: Tokenizer, n: int) -> dic
     return grade_assistant(model, tokenizer, n) if teaching.knows_world() else {}
 
 
+# %% ../../nbs/95d_pipeline.assistant.ipynb #8a15afa8
+_GENTLY = {"sft": {"lr_matrix": None, "lr": 2e-4}, "reward": {"lr_matrix": None, "lr": 1e-4},
+           "policy": {"lr": 2e-5}}
+
+def _rates(run: Run, stage: str, settings: dict) -> dict:
+    "Settings of a stage, with small rates for a model from elsewhere unless others are chosen."
+    foreign = run.facts.get("plan", {}).get("foreign")
+    return {**(_GENTLY[stage] if foreign else {}), **settings}
+
 # %% ../../nbs/95d_pipeline.assistant.ipynb #517f2620
 def _plan_sft(run: Run, tokenizer: Tokenizer, learn: list, stories: list) -> tuple:
     "Conversations and reminders as they will be read, and passes; said before it begins."
@@ -351,6 +360,7 @@ def sft_stage(
     rows, stories, passes = _plan_sft(run, tokenizer, learn, _reminders(run, model, tokenizer))
     settings = settings if {"steps", "minutes"} & settings.keys() else {"epochs": passes} | settings
     settings |= {"seed": run.settings.seed, "watch": _tell_progress(run)}
+    settings = _rates(run, "sft", settings)
     progress = train_sft(model, tokenizer, rows, stories=stories,
                          folder=run.folder / "checkpoints-sft", **settings)
     save_model(model, run.folder / "sft.safetensors")
@@ -387,7 +397,7 @@ def reward_stage(
     model, tokenizer = _open_model(run, "sft")
     learn, held = _comparisons(run, teaching, model, tokenizer, n)
     judge = RewardModel(model)
-    settings.setdefault("epochs", _enough_passes(learn, 1))
+    settings = _rates(run, "reward", {"epochs": _enough_passes(learn, 1), **settings})
     progress = train_reward(judge, tokenizer, learn, seed=run.settings.seed,
                             watch=_tell_progress(run), folder=run.folder / "checkpoints-reward",
                             **settings)
@@ -445,6 +455,7 @@ def policy_stage(
     if "skipped" in run.facts["sft"]:
         return {"skipped": True}
     model, tokenizer = _open_model(run, "sft")
+    settings = _rates(run, "policy", settings)
     if teaching.method == "dpo":
         learn, held = _comparisons(run, teaching, model, tokenizer, n)
         history = _follow_pairs(run, model, tokenizer, learn, held, **settings)
@@ -544,80 +555,3 @@ def _until_answer(
     "A conversation that waits for its last answer."
     n = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     return messages[:n]
-
-# %% ../../nbs/95d_pipeline.assistant.ipynb #0aa52a1e
-_KEPT = ("tokenizer", "base", "sft")
-
-def _left_behind(
-    source: Path | None, # A finished run; None: the model that ships
-) -> tuple[dict, dict]:  # Settings, and figures of the stages
-    "What is known about a run."
-    if source is None:
-        facts = {"tokenizer": {"source": "world"}, "tokens": {}, "plan": {"documents": True},
-                 "model": {}, "sft": {}}
-        return asdict(Settings(data="world").filled()), facts
-    facts = read_json(source / "stages.json")
-    where = facts["tokens"].get("folder") or source.resolve() / "tokens"
-    facts["tokens"]["folder"] = str(where)
-    return read_json(source / "config.json")["settings"], facts
-
-# %% ../../nbs/95d_pipeline.assistant.ipynb #eb8d1c55
-def adopt_run(
-    source: Path | None, # A finished run; None: the model that ships
-    folder: Path,        # The new run's; one that is there is left as it is
-    keep_sft: bool,      # Keep what fine-tuning gave?
-    asked: dict | None = None, # For `Teaching`: written down before anything is copied
-) -> None:
-    "Begin a run where another ended. Raises `FileNotFoundError` if there is no model yet."
-    if (folder / "stages.json").exists():
-        return
-    if "adopts" not in read_json(folder / "config.json") and foreign_files(folder):
-        raise ValueError(f"{folder} holds other files; choose a new folder with --out")
-    old, new = model_files(source), model_files(folder)
-    for name in _KEPT[:2]:
-        if not old[name].exists():
-            raise FileNotFoundError(f"{source} has no {old[name].name}: is it a finished run?")
-    settings, facts = _left_behind(source)
-    names = _KEPT if keep_sft and old["sft"].exists() else _KEPT[:2]
-    with folder_lock(folder):
-        write_json(folder / "config.json", {"settings": {**settings, "teaching": asked or {}},
-                                            "adopts": source and str(source.resolve())})
-        for name in names:
-            with atomic_write(new[name]) as f:
-                f.write(old[name].read_bytes())
-        done = [*BASE_STAGES, *names[2:]]
-        write_json(folder / "stages.json", {name: facts[name] for name in done})
-
-# %% ../../nbs/95d_pipeline.assistant.ipynb #c4552c31
-@reads("record of an aligned run")
-def _begun(
-    path: Path,          # config.json of the new run, if it was begun
-    source: Path | None, # The finished run that is named now, if any
-    teaching: Teaching,  # What is asked for now
-) -> tuple[Path | None, Teaching]: # What it was begun from, and all that was asked for
-    "A run that goes on needs no names again. Raises `ValueError` if it was begun from another."
-    written = read_json(path)
-    if "adopts" not in written:
-        return source, teaching
-    before = written["adopts"] and Path(written["adopts"])
-    done = (path.parent / "stages.json").exists()
-    if done and source is not None and source.resolve() != before:
-        raise ValueError(f"{path.parent} was begun from {before or 'the model that ships'}, not "
-                         f"from {source}; choose another folder with --out")
-    now = {k: v for k, v in asdict(teaching).items() if v}
-    return source or before, Teaching(**{**(written["settings"]["teaching"] or {}), **now})
-
-# %% ../../nbs/95d_pipeline.assistant.ipynb #8c14d7a3
-def align_run(
-    source: Path | None,              # A finished run; None: the model that ships
-    folder: Path,                     # The new run's
-    teaching: Teaching = Teaching(),  # What it learns from
-    reporter: Reporter | None = None, # Who is told; by default plain lines
-    machine: Machine = Machine(),     # How it is computed
-) -> dict:                            # The figures of all stages
-    "Make an assistant of a finished run, or another one of an assistant."
-    source, teaching = _begun(folder / "config.json", source, teaching)
-    teaching.check()
-    asked = full_paths({k: v for k, v in asdict(teaching).items() if v})
-    adopt_run(source, folder, keep_sft=teaching.chats is None, asked=asked)
-    return run_stages(folder, Settings(teaching=asked), assistant_stages, reporter, machine)

@@ -25,8 +25,11 @@ from ..evaluate.loss import bits_per_byte, perplexity
 from ..evaluate.yardsticks import loss_verdict
 from ..generate.write import sample_batch, generate
 from ..guard import reading, refuse_links, shell_line, visible_text
-from ..model.files import load_model, save_model
+from ..model.files import save_model
 from ..model.gpt import GPT
+from ..model.kinds import MODEL_KINDS
+
+# %% ../../nbs/95e_pipeline.build.ipynb #b342f753
 from .assistant import (
     MODEL_FILES, Teaching, assistant_sections, assistant_stages, model_files)
 from .pretrain import (
@@ -34,7 +37,9 @@ from .pretrain import (
 from .report import Report, Sample, grid_html, short_number
 from .run import (
     Run, Settings, read_json, read_stages, run_stages)
+from ..ship.sources import full_weights, open_weights, writing_form
 from ..tokens.exchange import load_tokenizer
+from ..tokens.hub import kept_tokenizer
 from ..train.loop import evaluate
 from ..train.checkpoint import best_checkpoint, read_checkpoint
 from ..train.plan import Machine, read_plan
@@ -44,12 +49,13 @@ from ..world.story import World
 # %% ../../nbs/95e_pipeline.build.ipynb #17e17c16
 class LoadedModel(NamedTuple):
     "A trained model with everything that is needed to use it."
-    model: GPT        # In evaluation mode
+    model: GPT        # In evaluation mode; of other kinds a `KindReader`
     tokenizer: object # Has encode, decode, decode_stream, end_id
     documents: bool   # Did it train on whole documents?
     data: str         # What it trained on
     name: str         # How to call it
     stage: str = "base" # "base" goes on with a text; "sft" and "assistant" answer
+    foreign: bool = False # Did somebody else train it?
 
 # %% ../../nbs/95e_pipeline.build.ipynb #a115f1fb
 def _unfinished_model(folder: Path | None, files: dict, stage: str) -> GPT | None:
@@ -58,7 +64,7 @@ def _unfinished_model(folder: Path | None, files: dict, stage: str) -> GPT | Non
         return None
     facts = read_stages(folder / "stages.json")
     found = best_checkpoint(folder / "checkpoints")
-    if found is None or not {"plan", "tokenizer"} <= facts.keys():
+    if found is None or "tokenizer" not in facts or "model" not in facts.get("plan", {}):
         return None
     model = read_plan(facts["plan"]).best_model(found.parent, facts["tokenizer"]["vocab_size"])
     kind, progress = "last checkpoint", read_checkpoint(found)[1]["progress"]
@@ -68,15 +74,47 @@ def _unfinished_model(folder: Path | None, files: dict, stage: str) -> GPT | Non
     return model
 
 # %% ../../nbs/95e_pipeline.build.ipynb #62127a67
-def _tokenizer_for(model: GPT, files: dict, stage: str):
-    "The tokenizer of a run. Raises `ValueError` if it is another model's."
-    tokenizer = load_tokenizer(files["tokenizer"])
+def _run_tokenizer(folder: Path | None, files: dict):
+    "The tokenizer of a run. Raises `FileNotFoundError` if it has none."
+    if not files["tokenizer"].exists():
+        path = files["tokenizer"]
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: is it a finished run?")
+    return load_tokenizer(files["tokenizer"]) if folder is None else kept_tokenizer(folder)
+
+def _tokenizer_for(model: GPT, tokenizer, files: dict, stage: str, plan: dict):
+    "The tokenizer of a stage. Raises `ValueError` if it is another model's."
     if stage != "base":
         tokenizer, _ = add_chat_tokens(tokenizer)
-    if tokenizer.vocab_size != (V := model.config.vocab_size):
-        raise ValueError(f"{files['tokenizer']} has {tokenizer.vocab_size:,} tokens and the model "
+    n, V = tokenizer.vocab_size, model.config.vocab_size
+    if n > V or n < V and not plan.get("foreign"):  # those of others may have empty rows
+        raise ValueError(f"{files['tokenizer']} has {n:,} tokens and the model "
                          f"of {files[stage]} {V:,}: they don't belong together")
     return tokenizer
+
+# %% ../../nbs/95e_pipeline.build.ipynb #71319660
+def _files_of_run(folder: Path | None) -> tuple[dict, dict]:
+    "Where a run's models lie, and its plan. Raises `ValueError` for a kind that nobody knows."
+    files = model_files(folder)
+    plan = read_stages(folder / "stages.json").get("plan", {}) if folder else {}
+    kind = plan.get("arch", "gpt")
+    if kind not in MODEL_KINDS:
+        raise ValueError(f"{folder}: its model is of the kind {kind!r:.40}; known are "
+                         f"{', '.join(MODEL_KINDS)}")
+    if kind == "gpt":
+        return files, plan
+    return {"tokenizer": files["tokenizer"], "base": folder / f"{kind}.safetensors"}, plan
+
+def _stage_of(files: dict, asked: str | None, form) -> str:
+    "Which model is meant: the one that was asked for, or the last there is."
+    there = [name for name in MODEL_FILES if name in files and files[name].exists()]
+    if asked is None or form and asked == "assistant" and asked not in there:
+        return (there or ["base"])[-1]
+    if asked not in MODEL_FILES:
+        raise ValueError(f"stage is {asked!r}; choose from {[*MODEL_FILES]}")
+    if asked not in files:
+        raise ValueError(f"{files['base'].parent} holds a model of the kind {files['base'].stem}, "
+                         "which answers nobody: it has the stage base alone")
+    return asked
 
 # %% ../../nbs/95e_pipeline.build.ipynb #4d7a7a74
 def load_run(
@@ -86,17 +124,16 @@ def load_run(
 ) -> LoadedModel:                     # Ready to write
     "Open a run. Raises `FileNotFoundError` that says what is missing."
     folder = None if folder is None else Path(folder).expanduser()
-    files = model_files(folder)
-    there = [name for name in MODEL_FILES if files[name].exists()]
-    stage = stage or (there or ["base"])[-1]
-    if stage not in MODEL_FILES:
-        raise ValueError(f"stage is {stage!r}; choose from {[*MODEL_FILES]}")
+    files, plan = _files_of_run(folder)
+    tokenizer = _run_tokenizer(folder, files)
+    form, asked = getattr(tokenizer, "chat_form", None), stage
+    stage = _stage_of(files, asked, form)
     model = _unfinished_model(folder, files, stage)
-    for path in (files["tokenizer"], *([] if model else [files[stage]])):
-        if not path.exists():
-            raise FileNotFoundError(f"{path.parent} has no {path.name}: is it a finished run?")
-    model = (model or load_model(files[stage])).to(pick_device(device))
-    tokenizer = _tokenizer_for(model, files, stage)
+    if not model and not files[stage].exists():
+        raise FileNotFoundError(f"{folder} has no {files[stage].name}: is it a finished run?")
+    model = (model or open_weights(files[stage])).to(pick_device(device))
+    tokenizer = _tokenizer_for(model, tokenizer, files, stage, plan)
+    stage = "assistant" if form and stage == "base" != asked else stage
     if folder is None:
         return LoadedModel(model, tokenizer, True, "world", "story", stage)
     return _with_record(folder, model, tokenizer, stage)
@@ -109,8 +146,23 @@ def _with_record(folder: Path, model: GPT, tokenizer: object, stage: str) -> Loa
         raise FileNotFoundError(f"{folder} has no {record.name}: is it a finished run?")
     with reading(record, "record of a finished run"):
         plan, source = read_json(record)["plan"], read_json(record)["tokenizer"]["source"]
-        return LoadedModel(model, tokenizer, bool(plan["documents"]), str(source), str(folder),
-                           stage)
+        documents = plan.get("documents", True) if "arch" in plan else plan["documents"]
+        return LoadedModel(model, tokenizer, bool(documents), str(source), str(folder), stage,
+                           bool(plan.get("foreign")))
+
+# %% ../../nbs/95e_pipeline.build.ipynb #9f0fb311
+@patch
+def as_gpt(
+    self: LoadedModel,
+    what: str,     # What it is wanted for, for example "share"
+) -> LoadedModel:  # In plain numbers, whatever the file has
+    "The same with a GPT. Raises `ValueError` that names another kind."
+    kind = getattr(self.model, "kind", "gpt")
+    if kind != "gpt":
+        raise ValueError(f"{self.name} holds a model of the kind {kind}; {what} is for GPTs. "
+                         f"chat, eval, serve and report take a {kind}, and export --format "
+                         "safetensors; or train a GPT by the same command without --arch")
+    return self._replace(model=full_weights(self.model))
 
 # %% ../../nbs/95e_pipeline.build.ipynb #3023a3f9
 @patch
@@ -135,8 +187,9 @@ def continue_text(
     "Continue a text, piece by piece."
     tokenizer, bare, generator = self.tokenizer, prompt.rstrip(" "), torch.Generator()
     generator.manual_seed(generator.seed() if seed is None else seed)
-    ids = generate(self.model, self.prompt_ids(bare), max_new_tokens, tokenizer.end_id,
-                 temperature=temperature, generator=generator, **sampling)
+    model, prompt_ids = writing_form(self.model), self.prompt_ids(bare)
+    ids = generate(model, prompt_ids, max_new_tokens, tokenizer.end_id,
+                   temperature=temperature, generator=generator, **sampling)
     strip = len(bare) < len(prompt)
     for piece in tokenizer.decode_stream(ids):
         yield piece.removeprefix(" ") if strip else piece
@@ -190,7 +243,7 @@ def write_stories(
     "Write many texts at once."
     g = torch.Generator().manual_seed(seed)
     end_id, T = self.tokenizer.end_id, self.model.config.context_length
-    new = sample_batch(self.model, [self.prompt_ids("")], T, end_id, n,
+    new = sample_batch(writing_form(self.model), [self.prompt_ids("")], T, end_id, n,
                        temperature=temperature, generator=g)
     return [self.tokenizer.decode([id for id in row if id != end_id]) for row in new.tokens]
 
@@ -286,6 +339,8 @@ def _lead_sentence(
     model = facts["model"]
     took = format_duration(model["training"])
     begin = f"It read {short_number(model['tokens'])} tokens in {took}"
+    if name := facts["plan"].get("begins"):
+        begin = f"It began as {name}. {begin}"
     if model.get("stopped") == _UNFINISHED:
         begin = f"Not finished: this is step {model['steps']}. {begin}"
     if "excess" not in figures:
@@ -296,13 +351,23 @@ def _lead_sentence(
             f"possible, and {figures['possible']:.0%} of the stories it writes could have been "
             "told in its world.")
 
+# %% ../../nbs/95e_pipeline.build.ipynb #5b74aefe
+def _shape_words(plan: dict, size: dict) -> str:
+    "What a model looks like."
+    kind = plan.get("arch", "gpt")
+    if kind == "ngram":
+        return f"of groups of up to {plan['order']} tokens"
+    return f"{size['n_layers']} layers of width {size['d_model']}" + (
+        "" if kind == "gpt" else f", {kind}")
+
 # %% ../../nbs/95e_pipeline.build.ipynb #2a031a50
 def _figure_cards(
     figures: dict, # From `_grade_run`
     facts: dict,   # Figures of all stages
 ) -> list[tuple[str, str, str]]: # Value, name, meaning
     "The numbers that matter, for the top of the page."
-    plan, size = facts["plan"], facts["plan"]["model"]
+    plan = facts["plan"]
+    size, made = plan.get("model", plan), {**facts["model"], **plan}  # of another kind: there
     world = [] if "excess" not in figures else [
         (f"{figures['excess']:+.3f}", "excess over the floor", "nats per token; 0 is perfect"),
         (f"{figures['possible']:.0%}", "possible stories", "of 50 that it wrote")]
@@ -317,8 +382,8 @@ def _figure_cards(
         (f"{figures['loss']:.3f}", "loss", "nats per token it never saw"), *perplexity,
         (short_number(facts["model"]["speed"]), "tokens per second",
          f"in training, on {plan['device']}"),
-        (short_number(plan["parameters"]), "parameters",
-         f"{size['n_layers']} layers of width {size['d_model']}")]
+        (short_number(made["parameters"]), "numbers counted" if plan.get("arch") == "ngram"
+         else "parameters", _shape_words(plan, size))]
 
 # %% ../../nbs/95e_pipeline.build.ipynb #ca7c77dc
 def versions() -> dict[str, str]: # Name -> version
@@ -368,9 +433,11 @@ def _make_card(
               for name, key in names.items()}
     chosen = _shown_settings(run.settings)
     title = "the story world" if loaded.data == "world" else chosen["data"]
+    kind = run.facts["plan"].get("arch", "gpt")
     took = {name: format_duration(facts["seconds"]) for name, facts in run.facts.items()}
     return Report(
-        f"A model of {title}", _lead_sentence(figures, run.facts),
+        f"A model of {title}" + ("" if kind == "gpt" else f", {kind}"),
+        _lead_sentence(figures, run.facts),
         _figure_cards(figures, run.facts), curves, levels, samples,
         loaded.token_surprises(text), {"Settings": chosen, "Time": took, "Versions": versions()},
         [*_normal_section(log, levels), *assistant_sections(run)],
@@ -412,7 +479,7 @@ def build_stages(
 def _so_far(folder: Path) -> dict:
     "Figures of a training that is not finished, from the checkpoint that `load_run` takes."
     found = best_checkpoint(folder / "checkpoints")
-    if found is None:
+    if found is None or "model" not in read_stages(folder / "stages.json")["plan"]:
         raise FileNotFoundError(f"{folder} has no model to report on yet: continue it first")
     with reading(found, "checkpoint of a training"):
         p = read_checkpoint(found)[1]["progress"]
@@ -430,9 +497,10 @@ def report_run(
     facts = read_stages(folder / "stages.json")
     if not {"tokenizer", "tokens", "plan"} <= facts.keys():
         raise FileNotFoundError(f"{folder} has no model to report on yet: is it a run?")
-    if "parameters" not in facts["plan"]:
-        raise ValueError(f"{folder} began with the model that ships, and what that was trained on "
-                         "is not here: give a run that was built to report on it")
+    if not facts["tokens"]:
+        raise ValueError(f"{folder} holds a finished model, and what that was trained on is not "
+                         "here: report the run that was trained, or judge this one on a text: "
+                         + shell_line("llm-course", "eval", folder, "--data", "TEXT"))
     if "model" not in facts:
         facts["model"] = _so_far(folder)
     run = Run(folder, Settings().settle(folder), QuietReporter(), facts, machine=machine)

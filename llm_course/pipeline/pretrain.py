@@ -25,6 +25,7 @@ from .report import short_number
 from .run import Run, Settings, data_fingerprint, run_stages, usual_folder
 from ..tokens.bpe import BPETokenizer
 from ..tokens.exchange import load_tokenizer
+from ..tokens.hub import kept_tokenizer
 from ..tokens.formats import read_ranks
 from ..tokens.text import CharTokenizer
 from ..train.plan import Machine, make_plan, read_plan, train_plan
@@ -282,7 +283,7 @@ def _tokens_stage(
         sizes = {p: {"tokens": n_predictions(s)} for p, s in zip(_PARTS, open_parts(run.source))}
         facts = {**sizes, "folder": run.source}
         return {**facts, "yardsticks": run_yardsticks(run, facts)}
-    tokenizer, facts = load_tokenizer(run.folder / "tokenizer.bpe"), {"train": {}, "valid": {}}
+    tokenizer, facts = kept_tokenizer(run.folder), {"train": {}, "valid": {}}
     for part, counts in facts.items():
         texts = (text for text, held in _run_texts(run) if held == (part == "valid"))
         folder = run.folder / "tokens" / part
