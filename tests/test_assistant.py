@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
+from commands import RHYMES, call
 from llm_course import cli
 from llm_course.pipeline.assistant import Teaching, assistant_stages, hold_back
 from llm_course.pipeline.begin import adopt_run
@@ -18,15 +18,7 @@ from llm_course.pipeline.pretrain import BASE_STAGES
 from llm_course.pipeline.run import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "".join(f"The {a} {b} the {c}.\n" for a in ("cat", "dog", "hen", "old king")
-               for b in ("saw", "fed", "lost") for c in ("mouse", "moon", "ball", "house")) * 12
-
-
-def call(*arguments, stdin=None, code=0):
-    "Run a command inside this process; returns what it printed."
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
+TEXT = "".join(RHYMES) * 12
 
 
 def lines(path, *rows):

@@ -11,18 +11,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from commands import RHYMES, call
 from llm_course import cli, doctor, handout
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "".join(f"The {a} {b} the {c}.\n" for a in ("cat", "dog", "hen", "old king")
-               for b in ("saw", "fed", "lost") for c in ("mouse", "moon", "ball", "house")) * 12
-
-
-def call(*arguments, stdin=None, code=0):
-    "Run a command inside this process; returns what it printed."
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
+TEXT = "".join(RHYMES) * 12
 
 
 def start(*arguments, **options):

@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
-from llm_course import cli
+from commands import call
 from llm_course.evaluate.loss import (
     bits_per_byte, bootstrap_interval, document_losses, paired_test)
 from llm_course.evaluate.yardsticks import (
@@ -235,12 +234,6 @@ def test_logits_that_are_no_numbers_are_said(tmp_path):
     loaded.model.head.weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="is the model broken"):
         judge_model(loaded, ["One day."])
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from llm_course import cli
+from commands import RHYMES, call
 
 ROOT = Path(__file__).resolve().parent.parent
-LINES = [f"The {a} {b} the {c}.\n" for a in ("cat", "dog", "hen", "old king") for b in ("saw", "fed", "lost")
-         for c in ("mouse", "moon", "ball", "house")]
 SIZES = ["--preset", "tiny", "--layers", "1", "--width", "32", "--context", "64", "--batch-size", "4",
          "--steps", "120", "--vocab-size", "300", "--device", "cpu", "--lr", "0.005", "--lr-matrix", "0.01"]
 posix = pytest.mark.skipif(os.name == "nt", reason="torchrun and signals as Linux and macOS have them")
@@ -25,15 +22,8 @@ posix = pytest.mark.skipif(os.name == "nt", reason="torchrun and signals as Linu
 def text(tmp_path_factory):
     "A text that is read less than four times, so that there is no dropout."
     path = tmp_path_factory.mktemp("text") / "rhyme.txt"
-    path.write_text("".join(LINES * 120), encoding="utf-8")
+    path.write_text("".join(RHYMES * 120), encoding="utf-8")
     return path
-
-
-def call(*arguments, code=0):
-    "Run a command inside this process; returns what it printed."
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 def torchrun(n, *arguments):
