@@ -26,14 +26,14 @@ from llm_course.core import asset, atomic_write
 from llm_course.data.batches import DocumentBatches, one_pass
 from llm_course.data.shards import memory_shards
 from llm_course.model.files import load_model
+from llm_course.model.gguf import BLOCK_KINDS, pack_blocks, unpack_blocks
 from llm_course.model.gpt import GPT, GPTConfig
 from llm_course.ship.compress import input_grams, quantize_with_feedback, scale_loud_inputs
 from llm_course.ship.distill import (
     TrueTeacher, head_shares, keep_largest, leave_out_heads, prune, pruned_bytes, remove_layer,
     train_softly, wanda_scores)
 from llm_course.ship.quantize import (
-    dequantize_weight, model_bytes, q4_0_blocks, q4_0_values, q8_0_blocks, q8_0_values,
-    quantize_model, quantize_weight)
+    dequantize_weight, model_bytes, quantize_model, quantize_weight)
 from llm_course.tokens.exchange import load_tokenizer
 from llm_course.train.floor import shrink_embedding
 from llm_course.train.loop import TrainConfig, evaluate
@@ -97,11 +97,10 @@ def in_bits(bench: Bench, only: str | None) -> list:
         rows.append(row(name, "bits", model_bytes(model), [bench.excess(model)]))
     fast = quantize_model(bench.model(), 8, fast=True)
     rows.append(row("int8 rows, int8 inputs", "bits", model_bytes(fast), [bench.excess(fast)]))
-    blocks = {"GGUF Q8_0": (34, lambda n, w: q8_0_values(q8_0_blocks(w))),
-              "GGUF Q4_0": (18, lambda n, w: q4_0_values(q4_0_blocks(w)))}
-    for name, (per, way) in blocks.items():
-        model = replaced(bench, way)
-        rows.append(row(name, "bits", model_bytes(model) // 128 * per, [bench.excess(model)]))
+    for kind in ("Q8_0", "Q4_0"):
+        model = replaced(bench, lambda n, w, kind=kind: unpack_blocks(pack_blocks(w, kind), kind))
+        n_bytes = model_bytes(model) // 128 * BLOCK_KINDS[kind].size
+        rows.append(row(f"GGUF {kind}", "bits", n_bytes, [bench.excess(model)]))
     for code in ((4, 128, True), (4, 32, True), (2, 16, False)):
         rows += chosen(bench, *code)
     return rows

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llm_course.generate.cache import KVCache, cache_bytes, prefill
-from llm_course.generate.pieces import is_plain_block
+from llm_course.generate.pieces import is_plain_block, side_by_side
 from llm_course.generate.sampling import chi_square, filter_logits, last_logits
-from llm_course.generate.write import draw_tokens, generate, sample_batch
+from llm_course.generate.write import TextGenerator, draw_tokens, generate, sample_batch
 from llm_course.model.block import COURSE, GPT2, LLAMA, Style
 from llm_course.model.gpt import GPT, GPTConfig
+from llm_course.model.rotation import RopeScaling
 
 STYLES = {"gpt2": GPT2, "llama": LLAMA, "course": COURSE,
           "odd": Style("layer-plain", "sinusoidal", bias=True, qk_norm=True, shift=True),
@@ -328,3 +329,52 @@ def test_lean_blocks_only_where_they_are_exact():
         assert len(list(generate(model, [1], 5))) == 5
     assert not is_plain_block(model.bfloat16().blocks[0])
     assert len(list(generate(model, [1], 5))) == 5
+
+
+def test_where_positions_turn_anew_nothing_is_remembered():
+    growing = Style(rope_scaling=RopeScaling("dynamic", 2.0, 8))
+    model = small(growing)
+    cache = KVCache(model, 2, 20)
+    rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [3, 1, 4, 1, 5, 9, 2, 6]])
+    assert torch.allclose(cache.read(rows)[:, 0], model(rows)[:, -1], atol=1e-4)
+    with pytest.raises(ValueError, match="only 8 can be remembered"):
+        cache.read(rows[:, :1])
+    writer = TextGenerator(model, 3)  # reads again instead, each text as if it were alone
+    texts = [writer.add([1 + i] * n, 12, temperature=0) for i, n in enumerate((2, 9, 5))]
+    writer.run()
+    for i, n in enumerate((2, 9, 5)):
+        row = [1 + i] * n
+        for token in texts[i].tokens:
+            assert token == int(model(torch.tensor([row]))[0, -1].argmax())
+            row = row + [token]
+
+
+@each_style
+def test_a_server_with_many_rows_writes_what_each_would_alone(style):
+    model, g = small(style, context_length=90), torch.Generator().manual_seed(3)
+    writer, asked = TextGenerator(model, 40, every=2), []
+    moved, keep = [], KVCache.keep_rows
+    for i in range(150):
+        prompt = torch.randint(1, 30, (1 + i * i % 11,), generator=g).tolist()
+        asked.append((prompt, 2 + i * 7 % 60))
+    KVCache.keep_rows = lambda self, *how: (moved.append(self.groups), keep(self, *how))[1]
+    try:
+        texts = [writer.add(prompt, n, temperature=0) for prompt, n in asked]
+        writer.run()
+    finally:
+        KVCache.keep_rows = keep
+    assert any(moved), "rows were never grouped"
+    for (prompt, n), text in list(zip(asked, texts))[::6]:
+        assert text.tokens == list(generate(model, prompt, n, temperature=0))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_that_are_laid_out_give_the_same_product(bias):
+    layers = [nn.Linear(300, n, bias=bias) for n in (700, 11)]
+    product = side_by_side(*layers)
+    with torch.inference_mode():
+        for rows, T in ((1, 1), (2, 1), (17, 1), (64, 1), (3, 5)):
+            wide = torch.randn(rows, T, 600)
+            for x in (wide[..., :300], wide[..., ::2]):  # also where numbers lie apart
+                expected = torch.cat([layer(x) for layer in layers], dim=-1)
+                assert torch.allclose(product(x), expected, atol=1e-4)

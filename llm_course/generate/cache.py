@@ -19,6 +19,7 @@ from ..model.attention import Attention, join_heads, look_mask, split_heads
 from ..model.block import Block
 from ..model.embedding import Rope, rotate_pairs
 from ..model.gpt import GPTConfig, plain_model
+from ..model.rotation import ScaledRope
 
 # %% ../../nbs/51_generate.cache.ipynb #8176ed8e
 class KVCache:
@@ -39,7 +40,8 @@ class KVCache:
         self.last = torch.zeros(last, **like)  # what the next position reads from the one before
         self.pads = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         self.padded, self.filled = False, 0    # are there any? and how many positions are in use
-        self.steps = None    # blocks in another form, see `lean_block`; by default as they are
+        self.groups = None   # (first row, last row + 1, first column) of rows of about one length
+        self.steps, self.head = None, model.head  # blocks in another form, see `lean_block`
 
     def nbytes(self) -> int:
         "Memory in bytes."
@@ -140,7 +142,7 @@ def enter(
 def mask(
     self: KVCache,
     n_new: int, # T, new positions
-) -> tuple[Tensor | None, Tensor | None]: # Mask or bias, (B, 1, T, filled + T); first positions
+) -> tuple[Tensor | list | None, Tensor | None]: # Mask or bias, (B, 1, T, all); first positions
     "Who may look at whom, and where a text begins; nothing at all without padding."
     if not self.padded:
         return None, None
@@ -149,8 +151,20 @@ def mask(
     mask = look_mask(n_new, end, True, window, device) & (column >= self.pads[:, None])[:, None]
     if n_new > 1:
         return mask[:, None], column[-n_new:] == self.pads[:, None]
-    bias = torch.zeros_like(mask, dtype=self.keys.dtype).masked_fill_(~mask, -math.inf)
-    return bias[:, None], None
+    bias = torch.zeros_like(mask, dtype=self.keys.dtype).masked_fill_(~mask, -math.inf)[:, None]
+    groups = [(a, b, first, bias[a:b, ..., first:]) for a, b, first in self.groups or ()]
+    return groups or bias, None
+
+# %% ../../nbs/51_generate.cache.ipynb #4d1f7c2a
+@patch
+def _check_room(self: KVCache, n_new: int) -> None:
+    "Raise `ValueError` if new positions don't fit, or turn the remembered ones anew."
+    place, room, end = self.model.position, self.keys.shape[3], self.filled + n_new
+    if end > room:
+        raise ValueError(f"the cache has room for {room} positions; "
+                         f"{self.filled} are in use and {n_new} more were given")
+    if isinstance(place, ScaledRope):
+        place.check_memory(end - int(self.pads.min()))
 
 # %% ../../nbs/51_generate.cache.ipynb #f2e7515b
 @patch
@@ -159,11 +173,9 @@ def read(
     tokens: Tensor,      # New tokens of each text, (B, T)
     every: bool = False, # Logits for every new position, not only for the last?
 ) -> Tensor:             # (B, 1, V), or (B, T, V)
-    "Logits of what follows. Raises `ValueError` if the cache is too short."
-    model, T, room = self.model, tokens.shape[1], self.keys.shape[3]
-    if self.filled + T > room:
-        raise ValueError(f"the cache has room for {room} positions; "
-                         f"{self.filled} are in use and {T} more were given")
+    "Logits of what follows. Raises `ValueError` if it can't be remembered."
+    model, T = self.model, tokens.shape[1]
+    self._check_room(T)
     with torch.inference_mode(), no_training(model) if model.training else nullcontext():
         x, turn = self.enter(tokens)
         mask, first = self.mask(T)
@@ -171,7 +183,7 @@ def read(
         for step, memory in zip(steps, self.layers(T)):
             x = step(x, turn, memory, mask, first)
         self.filled += T
-        return model.head(model.norm(x if every else x[:, -1:]))
+        return self.head(model.norm(x if every else x[:, -1:]))
 
 # %% ../../nbs/51_generate.cache.ipynb #3e55b479
 def prefill(
@@ -180,11 +192,13 @@ def prefill(
     room: int,                        # How many positions must fit besides
     dtype: torch.dtype | None = None, # Number type of the cache; by default the model's
     steps: list | None = None,        # Blocks in another form, see `lean_block`
+    head: Callable | None = None,     # The output layer, see `side_by_side`
 ) -> tuple[Tensor, KVCache]:          # What follows each, (B, V), and the memory of them
     "Read prompts of different lengths together, padded on the left."
     longest = max(map(len, prompts))
     cache = KVCache(model, len(prompts), longest + room, dtype)
     pads = [longest - len(prompt) for prompt in prompts]
     cache.pads, cache.padded, cache.steps = cache.pads.new_tensor(pads), any(pads), steps
+    cache.head = head or cache.head
     tokens = cache.pads.new_tensor([[0] * n + prompt for n, prompt in zip(pads, prompts)])
     return cache.read(tokens)[:, -1], cache

@@ -17,19 +17,25 @@ import torch
 from torch import Tensor, nn
 from ..core import patch
 from .cache import KVCache, cached_block, prefill
-from .pieces import is_plain_block, lean_block, lean_position, norm_into
+from .pieces import (
+    LoneReader, is_plain_block, is_plain_model, lean_block, side_by_side)
 from .sampling import (
     apply_temperature, check_sampling, filter_logits, last_logits, no_training)
 from ..model.attention import Attention
 from ..model.block import Block
-from ..model.embedding import Rope
 from ..model.gpt import GPT, plain_model
+from ..model.rotation import ScaledRope
 
 # %% ../../nbs/51a_generate.write.ipynb #06924f0b
+def _turns_anew(model: GPT) -> bool:
+    "Do all positions of a long text turn anew with each token?"
+    place = model.position
+    return isinstance(place, ScaledRope) and place.steady < model.config.context_length
+
 def _remembers(model: Callable) -> bool:
     "May a cache take the place of the model's own forward pass?"
     model = plain_model(model)
-    if not isinstance(model, GPT):
+    if not isinstance(model, GPT) or _turns_anew(model):
         return False
     passed_by = [m for m in model.modules() if isinstance(m, (GPT, Block, Attention))]
     return not any(m._forward_hooks or m._forward_pre_hooks for m in passed_by)
@@ -37,6 +43,14 @@ def _remembers(model: Callable) -> bool:
 def _context_length(model: Callable) -> int | None:
     "How much a model can read at once, if it says so."
     return getattr(getattr(plain_model(model), "config", None), "context_length", None)
+
+# %% ../../nbs/51a_generate.write.ipynb #7c40d1e9
+def _reread(model: Callable, rows: list[list[int]]) -> Tensor:
+    "What follows each row, (B, V); apart, where others' lengths would make a difference."
+    plain, longest = plain_model(model), _context_length(model)
+    if isinstance(plain, GPT) and _turns_anew(plain):
+        return torch.cat([last_logits(model, [row], longest) for row in rows])
+    return last_logits(model, rows, longest)
 
 class _Rereader:
     "In place of a cache, for any model: each text is read from its beginning every time."
@@ -46,7 +60,7 @@ class _Rereader:
     def read(self, tokens: Tensor) -> Tensor:
         "One more token of each text, (B, 1) -> (B, 1, V)."
         self.rows = [row + new for row, new in zip(self.rows, tokens.tolist())]
-        return last_logits(self.model, self.rows, _context_length(self.model))[:, None]
+        return _reread(self.model, self.rows)[:, None]
 
     def keep_rows(self, rows: Tensor) -> None:
         "As `KVCache.keep_rows`."
@@ -56,24 +70,47 @@ class _Rereader:
         "As `KVCache.join`."
         self.rows = self.rows + other.rows
 
+# %% ../../nbs/51a_generate.write.ipynb #2f81ac60
+_GROUP = 16  # rows: fewer cost calls, more cost padding
+
+def _group_rows(pads: list[int]) -> list[tuple]:
+    "(first row, last row + 1, first column) of each group of rows."
+    cuts = [*range(0, len(pads), _GROUP), len(pads)]
+    return [(a, b, min(pads[a:b])) for a, b in zip(cuts, cuts[1:])]
+
+def _columns(groups: list[tuple], end: int) -> int:
+    "How many columns of all rows are looked at."
+    return sum((b - a) * (end - first) for a, b, first in groups)
+
+@patch
+def find_groups(
+    self: KVCache,
+) -> None:
+    "Say where there is padding, and group the rows of a large batch."
+    pads = self.pads.tolist()
+    self.padded = any(pads)
+    self.groups = _group_rows(pads) if self.padded and len(pads) > _GROUP else None
+
 # %% ../../nbs/51a_generate.write.ipynb #851bc2f2
 @patch
 def keep_rows(
     self: KVCache,
     rows: Tensor, # Numbers of rows, (B',); a row may come several times or not at all
+    room: int | None = None, # How many positions must fit besides; by default as many as did
 ) -> None:
     "Go on with these rows only, in this order, without the columns that none of them uses."
     L, _, G, length, D = self.keys.shape
     pads = self.pads[rows]
     unused = int(pads.min()) if self.padded else 0
     used = self.filled - unused
+    length = length - unused if room is None else used + room
     for name in ("keys", "values"):
         old = getattr(self, name)
-        new = old.new_empty(L, len(rows), G, length - unused, D)
+        new = old.new_empty(L, len(rows), G, length, D)
         new[:, :, :, :used] = old[:, :, :, unused:self.filled].index_select(1, rows)
         setattr(self, name, new)
     self.last, self.pads, self.filled = self.last[:, :, rows], pads - unused, used
-    self.padded = self.padded and bool(self.pads.any())
+    self.find_groups()
 
 # %% ../../nbs/51a_generate.write.ipynb #4ccc6a67
 @patch
@@ -94,7 +131,8 @@ def join(
         setattr(self, name, new)
     self.last = torch.cat([self.last, other.last], dim=2)
     self.pads = torch.cat([self.pads + used - self.filled, other.pads + used - other.filled])
-    self.padded, self.filled = bool(self.pads.any()), used
+    self.filled = used
+    self.find_groups()
 
 # %% ../../nbs/51a_generate.write.ipynb #5ea7a002
 @patch
@@ -109,56 +147,7 @@ def seat(
         getattr(self, name)[:, rows, :, start:end] = getattr(other, name)[:, :, :, :other.filled]
     self.last[:, :, rows] = other.last
     self.pads[rows] = other.pads + start
-    self.padded = bool(self.pads.any())
-
-# %% ../../nbs/51a_generate.write.ipynb #aa58c6f2
-def _is_plain(model: GPT) -> bool:
-    "May `_Alone` read for it?"
-    ends = {model.embed: nn.Embedding, model.head: nn.Linear}
-    plain = all(type(m) is kind and not m._forward_hooks and not m._forward_pre_hooks
-                for m, kind in ends.items()) and model.head.bias is None
-    plain = plain and model.embed.weight.dtype == torch.float32 == model.head.weight.dtype
-    return (plain and model.embed.weight.device.type == "cpu" and not model.norm._forward_hooks
-            and all(is_plain_block(block, math.inf) for block in model.blocks))
-
-# %% ../../nbs/51a_generate.write.ipynb #2fcc7bb7
-class _Alone:
-    "Reads one text on, a token at a time, in as few calls as there are."
-    def __init__(self, model: GPT):
-        self.model, self.steps = model, [lean_position(block) for block in model.blocks]
-        self.norm = norm_into(model.norm, torch.empty(model.config.d_model))
-        self.small, self.head = all(map(is_plain_block, model.blocks)), model.head.weight
-        if self.small:  # a tall matrix is read nearly twice as fast column by column
-            self.head = self.head.detach().t().contiguous().t()
-
-    def read(self, cache: KVCache, token: int) -> Tensor:
-        "What follows, (1, V); a small model has too little work for several threads."
-        threads = torch.get_num_threads()
-        if not self.small or threads == 1:
-            return self._read(cache, token)
-        torch.set_num_threads(1)
-        try:
-            return self._read(cache, token)
-        finally:
-            torch.set_num_threads(threads)
-
-# %% ../../nbs/51a_generate.write.ipynb #5be1d7c2
-@patch
-def _read(self: _Alone, cache: KVCache, token: int) -> Tensor:
-    "`read` with the threads there are."
-    model, place, t = self.model, self.model.position, cache.filled
-    first, end = max(0, t + 1 - (model.config.window or t + 1)), t + 1
-    x, turn = model.embed.weight[token].clone(), None
-    if isinstance(place, nn.Embedding):
-        x += place.weight[t]
-    elif isinstance(place, Rope):
-        turn = place.cos[t], place.sin[t]
-    tables = [table[:, 0, :, at].unbind() for at in (slice(first, end), t)
-              for table in (cache.keys, cache.values)]
-    for step, last, *memory in zip(self.steps, cache.last[:, :, 0, 0].unbind(), *tables):
-        step(x, last, turn, *memory)
-    cache.filled = end
-    return torch.mv(self.head, self.norm(x))[None]
+    self.find_groups()
 
 # %% ../../nbs/51a_generate.write.ipynb #9fcec6a0
 @dataclass(frozen=True)
@@ -213,7 +202,7 @@ class TextGenerator:
         self.model, self.batch_size, self.dtype, self.draw = model, batch_size, dtype, draw
         self.waiting, self.rows, self.reader = deque(), [], None  # a row is a text, or None
         self.remembers, self.longest = _remembers(model), _context_length(model)
-        self.steps, self.alone, self.trains = None, None, False
+        self.steps, self.alone, self.head, self.trains = None, None, None, False
         self.every, self.turn = every if self.remembers else 0, 0
         weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = torch.device("cpu") if weight is None else weight.device
@@ -290,6 +279,7 @@ def _room(self: TextGenerator, text: Continuation) -> int:
 
 # %% ../../nbs/51a_generate.write.ipynb #5ea7a004
 _COLUMNS = 64  # are added at a time where newcomers take places: who asks for much may end early
+_WASTE = 1.3   # times the columns of a batch in order: more is worth moving the memory
 
 @patch
 def _seats(self: TextGenerator, coming: list) -> list[int]:
@@ -298,22 +288,30 @@ def _seats(self: TextGenerator, coming: list) -> list[int]:
         return []
     dead = [i for i, text in enumerate(self.rows) if not text or text.ended]
     fits = max(len(self._seen(text)) for text in coming) <= self.reader.filled + 1
-    return dead[:len(coming)] if fits and len(dead) >= len(coming) else []
+    return dead[::-1][:len(coming)] if fits and len(dead) >= len(coming) else []
 
 @patch
 def _most_room(self: TextGenerator, texts: list) -> int:
     "How many positions their memory must have besides."
     return _COLUMNS if self.every else max(map(self._room, texts))
 
+# %% ../../nbs/51a_generate.write.ipynb #0d6b42f8
 @patch
 def _make_room(self: TextGenerator) -> None:
-    "Where the memory is full, give back the columns that nobody uses, and add some."
-    cache = self.reader
-    if self.every and cache.filled == cache.keys.shape[3]:
-        dead = [i for i, text in enumerate(self.rows) if not text or text.ended]
-        cache.pads[torch.tensor(dead, dtype=torch.long, device=self.device)] = cache.filled - 1
-        cache.keep_rows(torch.arange(len(self.rows), device=self.device))
-        cache.join(KVCache(self.model, 0, 0, cache.keys.dtype), _COLUMNS)
+    "Lay the rows out anew, by length, where the memory is full or much of it is padding."
+    cache, rows = self.reader, self.rows
+    if not self.every or (self.turn % self.every and cache.filled < cache.keys.shape[3]):
+        return
+    dead = [i for i, text in enumerate(rows) if not text or text.ended]
+    cache.pads[torch.tensor(dead, dtype=torch.long, device=self.device)] = cache.filled
+    cache.find_groups()
+    pads = cache.pads.tolist()
+    order = sorted(range(len(rows)), key=pads.__getitem__)
+    best = _columns(_group_rows([pads[i] for i in order]), cache.filled + 1)
+    full = cache.filled == cache.keys.shape[3]
+    if full or _columns(_group_rows(pads), cache.filled + 1) > _WASTE * best:
+        cache.keep_rows(torch.tensor(order, device=self.device), _COLUMNS)
+        self.rows = [rows[i] for i in order]
 
 # %% ../../nbs/51a_generate.write.ipynb #f625c1fb
 @patch
@@ -341,7 +339,10 @@ def _prepare(self: TextGenerator, model: GPT) -> None:
         self.steps = [lean_block(block) if is_plain_block(block) else partial(cached_block, block)
                       for block in model.blocks]
         low = torch.is_autocast_enabled("cpu")
-        self.alone = _Alone(model) if _is_plain(model) and not low else None
+        plain = is_plain_model(model) and not low
+        self.alone, self.head = LoneReader(model) if plain else None, model.head
+        if plain:
+            self.head = side_by_side(model.head)
 
 # %% ../../nbs/51a_generate.write.ipynb #2282aee4
 @patch
@@ -353,10 +354,10 @@ def _read_prompts(self: TextGenerator, texts: list) -> tuple:
     if self.remembers:
         self._prepare(plain_model(self.model))
         room = self._most_room(texts)
-        logits, reader = prefill(self.model, unlike, room, self.dtype, self.steps)
+        logits, reader = prefill(self.model, unlike, room, self.dtype, self.steps, self.head)
     else:
         reader = _Rereader(self.model, unlike)
-        logits = last_logits(self.model, unlike, self.longest)
+        logits = _reread(self.model, unlike)
     if len(unlike) < len(rows):
         copies = torch.tensor([place[row] for row in rows], device=logits.device)
         reader.keep_rows(copies)

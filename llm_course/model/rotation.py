@@ -87,7 +87,8 @@ class ScaledRope(Rope):
         scaling: RopeScaling, # How it is slowed
     ):
         super().__init__(1, d_head, base)
-        self.settings = d_head, base, scaling
+        self.settings, fixed = (d_head, base, scaling), scaling.kind != "dynamic"
+        self.steady = n_positions if fixed else scaling.original  # no longer text turns all anew
         at = torch.arange(n_positions)
         self.cos, self.sin = self.turns(at, at + 1)
 
@@ -120,6 +121,17 @@ def turns(
     angles = at.double()[..., None] * rotation_speeds(d, base, scaling, length).to(at.device)
     cos, sin = (_attention(scaling) * x.float() for x in (angles.cos(), angles.sin()))
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+# %% ../../nbs/30a_model.rotation.ipynb #5c19e0d7
+@patch
+def check_memory(
+    self: ScaledRope,
+    n_positions: int, # Of a text
+) -> None:
+    "Raise `ValueError` where a longer text turns all positions anew: none can be remembered."
+    if n_positions > self.steady:
+        raise ValueError(f"dynamic rope_scaling turns all positions of a text of {n_positions} "
+                         f"tokens anew: only {self.steady} can be remembered; read it all again")
 
 # %% ../../nbs/30a_model.rotation.ipynb #8738f970
 def make_rope(

@@ -55,20 +55,20 @@ class TextFeed:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.ids, self.told, self.held, self.complete = [], "", "", False
 
-    def _decoded(self, token: int) -> str:
-        "The whole characters that a token completes."
+    def _decoded(self, tokens: tuple) -> str:
+        "The whole characters that tokens complete."
         if hasattr(self.tokenizer, "token_bytes"):
-            return self.decoder.decode(self.tokenizer.token_bytes(token))
-        self.ids.append(token)
+            return self.decoder.decode(b"".join(map(self.tokenizer.token_bytes, tokens)))
+        self.ids.extend(tokens)
         text = self.tokenizer.decode(self.ids)
         if text.endswith("\ufffd"):  # half of a letter
             return ""
         new, self.told = text[len(self.told):], text
         return new
 
-    def push(self, token: int) -> tuple[str, bool]:
+    def push(self, *tokens: int) -> tuple[str, bool]:
         "What may be shown now, and whether a stop string is complete."
-        self.held += "" if self.complete else self._decoded(token)  # nothing behind a stop
+        self.held += "" if self.complete else self._decoded(tokens)  # nothing behind a stop
         safe, complete = shown_length(self.held, self.stops)
         if self.words and not complete:
             safe = min(safe, max(self.held.rfind(" "), self.held.rfind("\n")) + 1)
@@ -221,22 +221,29 @@ def cancel(
 
 # %% ../../nbs/91a_ship.engine.ipynb #4cceb1cd
 @patch
+def _take_in(self: Engine, ticket: Ticket) -> bool:
+    "Make text of the new tokens; is a stop string complete?"
+    text, (shown, chances) = ticket.text, ticket.news
+    new, ticket.seen = text.tokens[ticket.seen:], len(text.tokens)
+    new = new[:len(new) - (text.ended == "stop")]
+    more, cut = ticket.feed.push(*new)
+    if ticket.chances:  # looked at after every step: there is one new token at most
+        chances += tuple(map(ticket.chances.of, new))
+    ticket.news = shown + more, chances
+    return cut
+
+@patch
 def _look(self: Engine, ticket: Ticket, now: float) -> str:
-    "Take in the new tokens of a text; why it has ended, if it has."
-    text, cut = ticket.text, False
-    new, (shown, chances) = text.tokens[ticket.seen:], ticket.news
-    ticket.seen = len(text.tokens)
+    "Note that a text got a token; why it has ended, if it has."
+    text, feed = ticket.text, ticket.feed
     self.observe("gap" if ticket.last else "first", now - (ticket.last or ticket.asked))
     ticket.last = now
-    for token in new[:len(new) - (text.ended == "stop")]:
-        more, cut = ticket.feed.push(token)
-        shown += more
-        chances += (ticket.chances.of(token),) if ticket.chances else ()
-    if cut:
+    if not (text.ended or ticket.pace < math.inf or ticket.chances or feed.stops):
+        return ""  # nobody reads along: text is made at the end, of all tokens at once
+    if cut := self._take_in(ticket):
         text.cancel()
     elif text.ended:
-        shown += ticket.feed.close()
-    ticket.news = shown, chances
+        ticket.news = ticket.news[0] + feed.close(), ticket.news[1]
     return "stop" if cut else {"context": "length"}.get(text.ended, text.ended)
 
 # %% ../../nbs/91a_ship.engine.ipynb #d7b9d368
@@ -263,6 +270,7 @@ def _ended_otherwise(self: Engine, now: float, why: str) -> list[tuple]:
             out.append((ticket, Piece("", [], "failed", why)))
         elif now > ticket.deadline:
             text.cancel()
+            self._take_in(ticket)
             out.append((ticket, Piece(ticket.news[0] + ticket.feed.close(), [], "timeout")))
     for ticket, _ in out:
         del self.open[ticket.text]

@@ -7,6 +7,7 @@ __all__ = ['Rules', 'Guard', 'Metrics', 'Call', 'sse_event', 'Teller', 'Api', 'c
 
 # %% ../../nbs/91c_ship.server.ipynb #76238a50
 import asyncio, base64, hashlib, hmac, ipaddress, json, math, re, socket, threading, time, uuid
+from bisect import bisect_left
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import AsyncIterator, Callable, Iterator
 from ..core import asset, need, patch
 from .engine import Engine, Piece, ServedModel, ServerBusy, tell_all
 from .request import ApiError, Wish, read_body, read_wish
+from ..train.runner import keep_memory
 
 # %% ../../nbs/91c_ship.server.ipynb #d070625b
 @dataclass
@@ -110,7 +112,7 @@ class Metrics:
     def observe(self, name: str, seconds: float) -> None:
         "Note how long something took."
         row = self.times[name]
-        row[next((i for i, b in enumerate(self.bounds) if seconds <= b), len(self.bounds))] += 1
+        row[bisect_left(self.bounds, seconds)] += 1
         row[-1] += seconds
 
 # %% ../../nbs/91c_ship.server.ipynb #49cdcf5b
@@ -563,6 +565,7 @@ def run_server(
     ready: Callable = print, # Is told the address
 ) -> None:
     "Serve until Ctrl-C. Raises `ValueError` if the port is taken."
+    keep_memory()
     with _listen(host, port) as listening:
         server, where = _make_server(app), listening.getsockname()
         ready(f"http://{f'[{host}]' if ':' in host else host}:{where[1]}")
