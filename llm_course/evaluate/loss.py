@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..generate.logits import token_log_probs
 from ..generate.sampling import no_training
 from ..guard import at_least
+from ..train.tune import spread_of_runs
 
 # %% ../../nbs/55_evaluate.loss.ipynb #1e559fe5
 def perplexity(
@@ -157,9 +158,8 @@ def signal_to_noise(
     runs: list[list[float]], # For each recipe, a metric's values for several seeds
 ) -> float:                  # Above about 4, one seed of each tells them apart
     "Range of the recipes' means over the spread of the seeds (after arXiv:2508.13144)."
-    means = [sum(values) / at_least(len(values), "seeds of a recipe", 2) for values in runs]
-    at_least(len(runs), "recipes")
-    noise = [torch.tensor(values, dtype=torch.float64).std().item() for values in runs]
+    at_least(min(map(len, runs), default=0), "seeds of a recipe", 2)
+    means, _, _, noise, _ = zip(*map(spread_of_runs, runs))
     return (max(means) - min(means)) / (sum(noise) / len(noise) + 1e-12)
 
 # %% ../../nbs/55_evaluate.loss.ipynb #b72b3e8a
