@@ -206,13 +206,19 @@ EMPTY = {  # a statistic of nothing, and what the message names
     "align.reward.regression_effects": ((torch.ones(1), {"a": torch.ones(1)}), "values to explain"),
     "align.rl.leave_one_out": ((NOTHING, 1), "rewards"),
     "align.rl.group_advantages": ((NOTHING, 2), "rewards"),
+    "evaluate.people.expected_best ": ((0, 5, 0.5), "models"),
+    "evaluate.yardsticks.zip_nats": (("", 0), "tokens"),
+    "evaluate.compare.judgement_lines": (([],), "models"),
+    "align.answers.draw_answers": ((None, None, []), "answers to draw"),
+    "align.refuse.refusal_errors": ((None, None, [], [], bool), "requests of a kind"),
+    "align.rlhf.evaluate_policy": ((None, None, [], {}), "prompts"),
     "align.masked.masked_variance": ((torch.ones(3), torch.zeros(3) > 0), "variance of 0"),
 }
 
 
 @pytest.mark.parametrize("name", EMPTY)
 def test_a_statistic_of_nothing_is_said_and_never_nan(name):
-    module, function = f"llm_course.{name}".rsplit(".", 1)
+    module, function = f"llm_course.{name.strip()}".rsplit(".", 1)
     given, what = EMPTY[name]
     with pytest.raises(ValueError, match=what):
         getattr(importlib.import_module(module), function)(*given)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .chat import recent_messages, render, render_answer
 from ..core import need, patch
 from ..generate.write import generate, sample_batch
+from ..guard import at_least
 from ..model.gpt import GPT
 from ..tokens.rows import pad_batch
 from ..tokens.text import Tokenizer
@@ -51,6 +52,7 @@ def draw_answers(
     **sampling,                      # temperature, top_k, generator, dtype ... of `sample_batch`
 ) -> Rollout:                        # n * len(conversations) answers
     "Let a model answer. Raises `ValueError` for a conversation whose last message is too long."
+    at_least(n * len(conversations), "answers to draw")
     if seed is not None:
         sampling["generator"] = torch.Generator().manual_seed(seed)
     rows = [_prompt(model, tokenizer, messages, max_new_tokens) if forget

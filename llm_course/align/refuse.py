@@ -10,6 +10,7 @@ from typing import Callable, NamedTuple
 import torch
 from .answers import draw_answers
 from ..evaluate.scores import ShareInterval, wilson_interval
+from ..guard import at_least
 from ..model.gpt import GPT
 
 # %% ../../nbs/79_align.refuse.ipynb #7c09ff26
@@ -29,6 +30,7 @@ def refusal_errors(
     **sampling,               # temperature ... of `sample_batch`
 ) -> RefusalErrors:
     "Let a model answer both, and count its errors."
+    at_least(min(len(harmful), len(harmless)), "requests of a kind")
     g = torch.Generator(model.embed.weight.device).manual_seed(seed)
     both = harmful + harmless
     r = draw_answers(model, tokenizer, both, 1, max_new_tokens, forget=False, generator=g,

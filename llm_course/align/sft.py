@@ -13,6 +13,7 @@ from .answers import budget_of_passes
 from .chat import Rendered, render
 from ..data.batches import DocumentBatches, one_pass
 from ..data.shards import Shards
+from ..guard import at_least
 from ..model.gpt import GPT
 from ..tokens.text import Tokenizer
 from ..train.loop import TrainConfig, train
@@ -38,7 +39,8 @@ class ChatBatches(DocumentBatches):
         seed: int = 0,         # Another seed, another order
         pack: bool = True,     # Put several texts into a row if they fit? See `PackedGPT`
     ):
-        longest = max((len(t.tokens) - 1 for t in texts), default=0)
+        at_least(len(texts), "texts")
+        longest = max(len(t.tokens) - 1 for t in texts)
         if not 1 <= longest <= context_length:
             raise ValueError(f"the longest text has {longest} tokens to learn from, and a row "
                              f"has {context_length}; see `fit_chat`")

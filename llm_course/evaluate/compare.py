@@ -13,6 +13,7 @@ import torch
 from ..core import patch
 from .loss import (
     DocumentLosses, PairedTest, bootstrap_interval, documents_needed, paired_test, perplexity)
+from ..guard import at_least
 
 # %% ../../nbs/55b_evaluate.compare.ipynb #253cf19e
 class Figure(NamedTuple):
@@ -113,6 +114,7 @@ def judgement_lines(
     models: list[JudgedModel], # One, or two judged on the same documents
 ) -> list[str]:                # A table, and for two models the tests
     "What is printed."
+    at_least(len(models), "models")
     tables = [model.figures() for model in models]
     columns = [[figure_text(table[name]) if name in table else "" for name in tables[0]]
                for table in tables]

@@ -120,6 +120,7 @@ def expected_best(
     p: float, # How often each is right, 0 to 1
 ) -> float:   # Share of right answers of the one that comes out best
     "The score of a winner who is no better than the others."
+    at_least(k, "models")
     total, below = 0.0, 0.0
     for x in range(n):
         below += math.comb(n, x) * p**x * (1 - p) ** (n - x)

@@ -11,6 +11,7 @@ import math, zlib
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
+from ..guard import at_least
 from ..model.ngram import NGram
 
 # %% ../../nbs/54a_evaluate.yardsticks.ipynb #c56fee40
@@ -40,7 +41,7 @@ def zip_nats(
 ) -> float:        # Nats per token
     "What zip, at its best, needs for a text (Deutsch and Gailly 1996)."
     packed = zlib.compress(text.encode("utf-8", "replace"), 9)
-    return 8 * len(packed) * math.log(2) / n_tokens
+    return 8 * len(packed) * math.log(2) / at_least(n_tokens, "tokens")
 
 # %% ../../nbs/54a_evaluate.yardsticks.ipynb #45117289
 _MOST = 1_000_000  # tokens that are counted: seconds
