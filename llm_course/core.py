@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['pick_device', 'fig_alt', 'pick_dtype', 'set_seed', 'random_state', 'set_random_state', 'keep_random_state',
            'relative_error', 'check_device', 'atomic_write', 'folder_lock', 'asset', 'need', 'is_online', 'lesson',
-           'patch', 'LiveCurve', 'whole_tensor', 'cut_like']
+           'print_wrapped', 'patch', 'LiveCurve', 'whole_tensor', 'cut_like']
 
 # %% ../nbs/00a_core.ipynb #6db0329a
-import errno, importlib, os, platform, random, re, socket, tempfile, time
+import errno, importlib, os, platform, random, re, socket, tempfile, textwrap, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
@@ -300,6 +300,21 @@ def lesson(
     last = "an engine room" if minutes is None else f"about {minutes} minutes"
     parts = [f"llm-course {llm_course.__version__}", name, str(pick_device()), network, last]
     print(" · ".join(parts))
+
+# %% ../nbs/00a_core.ipynb #c2d94e6a
+def print_wrapped(
+    *values: object,  # What `print` would get
+    hang: int = 0,    # By how many columns more the later lines of a broken line are indented
+    width: int = 76,  # Columns
+) -> None:
+    "Print as `print` does; a line wider than `width` goes on below it, broken between words."
+    for line in " ".join(map(str, values)).split("\n"):
+        if len(line) <= width:
+            print(line)
+            continue
+        later = " " * (len(line) - len(line.lstrip()) + hang)
+        print(textwrap.fill(line, width, subsequent_indent=later, replace_whitespace=False,
+                            expand_tabs=False, break_on_hyphens=False))
 
 # %% ../nbs/00a_core.ipynb #40ab8769
 def patch(

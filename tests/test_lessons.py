@@ -14,7 +14,7 @@ import lessons
 import rules
 
 LESSONS = rules.lessons()
-SHOWS = ("print", "fig_alt", "display", "record", "film")
+SHOWS = ("print", "print_wrapped", "fig_alt", "display", "record", "film")
 
 
 def png() -> str:

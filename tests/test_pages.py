@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import pages
+import plain_site
 from reference import Glossary
+from test_browser import CHROMIUM, FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 COURSE = pages.Course()
@@ -214,11 +216,173 @@ def test_terms_are_linked_once_and_not_in_code_or_formulas():
     assert made.count("glossary.html") == 1 and "Two [tokens](glossary.html#term-token)" in made
     assert "[51_generate.cache](generate.cache.html)" in link("see 51_generate.cache.")
     assert link("lessons 72 to 76").count(".html") == 2
+    assert "(tokens.bpe.html)" in link("## A heading\n\nA text below it, and `22_tokens.bpe`.")
+    assert "(tokens.hub.html)" in link("Engine room 22c.")
+
+
+def test_a_term_of_capitals_is_no_common_word():
+    glossary = Glossary({"FSDP": (["FSDP", "ZeRO"], "Cut weights. Lesson 46."),
+                         "Muon": (["Muon"], "M.")})  # fmt: skip
+    said = glossary.link("From zero to hero, Zero, muon, ZeRO.", set())
+    assert "zero to" in said and ", Zero," in said and "[ZeRO](" in said and "[muon](" in said
 
 
 @pytest.mark.skipif(not shutil.which("quarto"), reason="Quarto is not installed")
 def test_the_site_is_whole(prepared):
     assert pages.render() == []
+
+
+# --- The pages as pandoc makes them, which is what Quarto calls ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(prepared, tmp_path_factory):
+    "The pages as HTML, made by pandoc alone."
+    if not plain_site.pandoc():
+        pytest.skip("pypandoc_binary is not installed")
+    docs = tmp_path_factory.mktemp("site")
+    said = plain_site.make_site(prepared, docs)
+    assert not said, "\n".join(said[:20])
+    pages.write(docs / "try.html", "<title>the assistant's page, which share writes</title>")
+    return docs
+
+
+def html_faults(text: str) -> list:
+    "What is wrong with a page that pandoc made, as far as its text shows it."
+    body = re.sub(r"<(script|style)\b.*?</\1>", "", text.split("<main>")[1], flags=re.S)
+    words = re.sub(r"<(pre|code|math|svg)\b.*?</\1>", "", body, flags=re.S)
+    ids = re.findall(r'\bid="([^"]*)"', body)
+    found = [f"two places are called {one!r}" for one in set(ids) if ids.count(one) > 1]
+    found += [f"a formula is left: {tex[:40]}" for tex in re.findall(r'class="math[^>]*>[^<]', body)]
+    heads = re.findall(r"<h[1-4]\b[^>]*>(.*?)</h[1-4]>", body, flags=re.S)
+    found += [f"two headings {one!r}" for one in set(heads) if heads.count(one) > 1]
+    found += [f"a fold is open: {tag}" for tag in re.findall(r"<details[^>]*\bopen\b[^>]*>", body)]
+    for part in re.findall(r"<p\b[^>]*>(.*?)</p>", words, flags=re.S):
+        plain = re.sub(r"<[^>]*>", "", part)
+        if re.search(r"^\s*\|.*\|\s*$|\|\s*:?---", plain, flags=re.M):
+            found.append(f"a table is none: {plain[:60]!r}")
+        if re.search(r"\n *(?:[-*+]|\d+\.) ", plain):
+            found.append(f"a list is none: {plain[:60]!r}")
+        if re.search(r"\$[^$]*[\\\\^_{][^$]*\$|\\\\(?:frac|sum|text|log|begin)\b", plain):
+            found.append(f"raw TeX: {plain[:60]!r}")
+        if re.search(r":::|```|\]\([^)\s]*\)|\*\*\w[^*\n]*\w\*\*", plain):
+            found.append(f"raw Markdown: {plain[:60]!r}")
+    return found
+
+
+def test_pandoc_makes_every_page(site, prepared):
+    made = [p for p in site.rglob("*.html") if p.name != "try.html"]
+    assert len(made) == len([*prepared.glob("*.ipynb"), *prepared.glob("**/*.qmd")])
+    found = [f"{p.name}: {f}" for p in made for f in html_faults(p.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+def test_links_of_the_finished_pages_lead_somewhere(site):
+    found = list(pages.site_faults(site))
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        ids = set(re.findall(r'\bid="([^"]+)"', text))
+        inside = set(re.findall(r'<a\b[^>]*href="#([^"]+)"', text)) - ids
+        found += [f"{path.name}: no place #{anchor}" for anchor in sorted(inside)]
+    assert not found, "\n".join(found)
+
+
+def test_faults_of_a_page_of_pandoc_are_found():
+    good = "<h2>A</h2><details><summary>b</summary></details><p>a | b costs $5, 2 ** 3 ** 4</p>"
+    good += '<span class="math inline"><math>x</math></span><pre>| a |\n- b $x_i$</pre>'
+    assert html_faults(f"<main>{good}</main>") == []
+    for bad in (
+        "<h2>A</h2><h3>A</h3>",
+        '<p id="a"></p><p id="a"></p>',
+        "<details open><summary>b</summary></details>",
+        "<p>| a | b |\n|---|---|</p>",
+        "<p>so:\n- one\n- two</p>",
+        '<span class="math inline">x_i</span>',
+        "<p>the sum $x_i$ is</p>",
+        "<p>a [link](b.html)</p>",
+        "<p>a **bold** word</p>",
+    ):
+        assert html_faults(f"<main>{bad}</main>"), bad
+
+
+LAYOUT = """() => {
+    const found = [], wide = document.documentElement.scrollWidth;
+    if (wide > innerWidth) found.push(`scrolls sideways: ${wide} in ${innerWidth}`);
+    const kinds = "main p, main pre, main h1, main h2, main h3, main table, main img, main svg, main summary";
+    const boxes = [...document.querySelectorAll(kinds)]
+        .map((element) => ({ element, box: element.getBoundingClientRect() }))
+        .filter(({ element, box }) => element.checkVisibility() && box.width > 1 && box.height > 1)
+        .sort((a, b) => a.box.top - b.box.top);
+    boxes.forEach((a, i) => {
+        for (const b of boxes.slice(i + 1)) {
+            if (b.box.top > a.box.bottom - 3) break;
+            const beside = Math.min(a.box.right, b.box.right) - Math.max(a.box.left, b.box.left) < 3;
+            if (beside || a.element.contains(b.element) || b.element.contains(a.element)) continue;
+            found.push(`${a.element.tagName} lies on ${b.element.tagName}: ${a.element.textContent.slice(0, 40)}`);
+        }
+    });
+    return found;
+}"""
+
+
+def seen(files: list) -> list:
+    "What a browser finds wrong with pages: on a phone and a desk, in light and dark."
+    from playwright.sync_api import sync_playwright
+
+    found = []
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page()
+        page.on("pageerror", lambda error: found.append(f"{page.url}: {error}"))
+        errors = lambda said: said.type == "error" and found.append(f"{page.url}: {said.text}")
+        page.on("console", errors)
+        fetched = lambda r: re.match("file:|data:", r.url) or found.append(f"fetches {r.url}")
+        page.on("request", fetched)
+        for file in files:
+            for theme, width in (("light", 1280), ("dark", 390), ("dark", 1280), ("light", 390)):
+                page.set_viewport_size({"width": width, "height": 900})
+                page.emulate_media(color_scheme=theme)
+                if (theme, width) != ("dark", 1280):  # it has been loaded in the dark
+                    page.goto(file.as_uri())
+                found += [f"{file.name}, {theme}, {width}: {f}" for f in page.evaluate(LAYOUT)]
+        browser.close()
+    return found
+
+
+SAMPLE = ["start", "index", "glossary", "references", "api/index", "world.story", "model.attention"]
+SAMPLE += ["data.files", "train.loop", "generate.steer", "align.rl", "ship.serve"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_pages_look_right_on_a_phone_and_on_a_desk(site):
+    assert seen([site / f"{name}.html" for name in SAMPLE]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_all_pages_look_right(site):
+    found = seen(sorted(p for p in site.rglob("*.html") if p.name != "try.html"))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_what_a_browser_finds(tmp_path):
+    head = "<meta name=viewport content='width=device-width'><main>"
+    fold = "<details><summary>a</summary><p>one</p><p style='margin-top:-9px'>two</p></details>"
+    good, bad = f"<p>word</p><table><tr><td>1</table><svg width=9></svg>{fold}", [
+        "<pre>" + "x" * 300 + "</pre>",
+        "<p>one</p><p style='margin-top:-30px'>two</p>",
+        "<img alt=a src='https://x.example/a.png'>",
+        "<script>missing()</script>",
+    ]
+    for i, body in enumerate([good, *bad]):
+        pages.write(tmp_path / f"{i}.html", head + body)
+        assert bool(seen([tmp_path / f"{i}.html"])) == (i > 0), body
+
+
+def test_what_is_not_done_is_said():
+    assert pages.not_done(True, False) == pages.not_done(True, True) == ""
+    assert "sidebar" in pages.not_done(False, True) and "try.html" in pages.not_done(False, False)
 
 
 def contrast(one: str, other: str) -> float:

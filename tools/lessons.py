@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -152,7 +153,8 @@ def still(output: dict, models: dict) -> list:
             shown.append(as_html(state["value"]))
         elif state.get("description") and kind not in ("HTMLModel", "VBoxModel"):
             controls.append(state["description"])
-    text = f"In the notebook you can change: {', '.join(controls)}.\n"
+    said = f"In the notebook you can change: {', '.join(controls)}."
+    text = textwrap.fill(said, 76) + "\n"
     return [*shown, nbformat.v4.new_output("stream", name="stdout", text=text)]
 
 

@@ -5,7 +5,7 @@
 2. Here each page gets what a page needs and a notebook has not: a box on top, hints in folds,
    links on lessons, papers, functions and terms. Pages of reference are written beside them.
 3. `faults` reads all of them: options, links, anchors, alternative texts, third parties.
-4. With --render, and where Quarto is on PATH, it makes the site of them, in _docs.
+4. With --render, Quarto makes the site of them, in _docs; without it, pandoc makes a plain one.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+import plain_site
 import rules
 from reference import Glossary, Library, papers
 
@@ -155,12 +156,12 @@ PARTS = re.compile(
     r"(?P<fence>^[ ]*(?P<tick>```+|~~~+).*?^[ ]*(?P=tick)[ ]*$)"
     r"|(?P<math>\$\$.*?\$\$|(?<![\\\w])\$(?=\S)[^$\n]*?(?<=\S)\$(?!\d))"
     r"|(?P<link>!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)\s]*\)(?:\{[^}]*\})?)"
-    r"|(?P<tag><[^>\n]+>)|(?P<code>(?<!`)`[^`\n]+`(?!`))|(?P<heading>^#+ .*$)",
+    r"|(?P<tag><[^>\n]+>)|(?P<code>(?<!`)`[^`\n]+`(?!`))|(?P<heading>^#+ [^\n]*$)",
     re.S | re.M,
 )
 NAMED = re.compile(r"(?<![\w/.])\d\d[a-z]?_[a-z][a-z_.]*[a-z]")
 NUMBERS = re.compile(
-    r"\b[Ll]essons? (\d\d[a-z]?)(?:(?:,| to| and| or|, and|–) \d\d[a-z]?)*\b(?![_.]\w)"
+    r"\b(?:[Ll]essons?|[Ee]ngine rooms?) (\d\d[a-z]?)(?:(?:,| to| and| or|, and|–) \d\d[a-z]?)*\b(?![_.]\w)"
 )
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}|[a-z-]+/\d{7})")
 TARGET = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
@@ -549,7 +550,6 @@ LINK = re.compile(r"(?<!\\)(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]*)\)")
 HREF = re.compile(r"<(?:a|img|script|link|iframe)\b[^>]*?(?:href|src)=[\"']([^\"']*)[\"']", re.I)
 IMAGE = re.compile(r"<img\b[^>]*>", re.I)
 FENCED = re.compile(r"^[ ]*(```+|~~~+).*?^[ ]*\1[ ]*$|(?<!`)`[^`\n]+`(?!`)", re.S | re.M)
-WIDTH = 76  # columns of printed text that a page shows without scrolling
 
 
 def slug(heading: str) -> str:
@@ -735,15 +735,19 @@ def write_try(path: Path) -> int:
 
 
 def render() -> list:
-    "Let Quarto make the site, put the downloads beside it, and read what came out."
-    subprocess.run(["quarto", "render", "--no-cache"], cwd=PROC, check=True)
-    shutil.rmtree(DOCS, ignore_errors=True)
-    shutil.move(PROC / DOCS.name, DOCS)
+    "Make the site, put the downloads beside it, and read what came out."
+    said = []
+    if shutil.which("quarto"):
+        subprocess.run(["quarto", "render", "--no-cache"], cwd=PROC, check=True)
+        shutil.rmtree(DOCS, ignore_errors=True)
+        shutil.move(PROC / DOCS.name, DOCS)
+    else:
+        said = plain_site.make_site(PROC, DOCS)
     write_lessons(DOCS / "lessons")
     write_try(DOCS / "try.html")
     archive = shutil.make_archive(str(PROC / "llm-course-site"), "zip", DOCS)
     shutil.move(archive, DOCS / "llm-course-site.zip")
-    return list(site_faults(DOCS))
+    return [*said, *site_faults(DOCS)]
 
 
 def site_faults(docs: Path):
@@ -769,6 +773,23 @@ def site_faults(docs: Path):
             yield f"{path.name}: fetches from a third party: {fault[:90]}"
 
 
+def not_done(quarto: bool, pandoc: bool) -> str:
+    "What a machine without one of the two programs has not made; nothing with Quarto."
+    if quarto:
+        return ""
+    install = f"Install Quarto {QUARTO} (https://quarto.org) and run make docs again."
+    if pandoc:
+        return (
+            "NOT DONE, since Quarto is not on PATH: the theme, the sidebar and the search. The pages\n"
+            f"are plain ones, made by pandoc alone. {install}\n"
+        )
+    return (
+        "NOT DONE, since neither Quarto nor pypandoc_binary is here: the site itself, its downloads\n"
+        f"and the assistant's page, try.html. {install} Options,\n"
+        "links, anchors and pictures of the prepared pages were checked without it.\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pages of the site.")
     parser.add_argument("--render", action="store_true", help="make the site with Quarto, too")
@@ -776,16 +797,11 @@ def main() -> None:
     wrong = prepare()
     print(f"{len(list(PROC.rglob('*.ipynb')))} notebooks and the reference are prepared in _proc")
     if options.render and not wrong:
-        if shutil.which("quarto"):
+        if shutil.which("quarto") or plain_site.pandoc():
             for fault in render():  # the site is there all the same: what is wrong in it is said
                 print(fault)
             print(f"the site is in {DOCS.name}")
-        else:
-            print(
-                "NOT DONE, since Quarto is not on PATH: the site itself, its search and its look.\n"
-                f"Install Quarto {QUARTO} (https://quarto.org) and run make docs again. Options,\n"
-                "links, anchors and pictures of the prepared pages were checked without it."
-            )
+        print(not_done(bool(shutil.which("quarto")), bool(plain_site.pandoc())), end="")
     if wrong:
         sys.exit("\n".join([*wrong, f"{len(wrong)} faults in the pages"]))
 

@@ -194,7 +194,7 @@ class Glossary:
 
     def __init__(self, meanings: dict):
         self.meanings = meanings  # the first form of each -> (all forms, meaning)
-        self.by_form = {f.lower(): term for term, (forms, _) in meanings.items() for f in forms}
+        self.by_form = {f.lower(): (f, t) for t, (forms, _) in meanings.items() for f in forms}
         forms = sorted(self.by_form, key=len, reverse=True)
         self.pattern = re.compile(
             r"(?<![\w/.#\[-])(" + "|".join(map(re.escape, forms)) + r")(s?)(?![\w\]-])(?!\.\w)",
@@ -217,7 +217,9 @@ class Glossary:
             return text
 
         def link(found) -> str:
-            term = self.by_form[found[1].lower()]
+            form, term = self.by_form[found[1].lower()]
+            if form[1:] != form[1:].lower() and found[1] != form:
+                return found[0]  # "zero" is not ZeRO
             meaning = plain_words(self.meanings[term][1]).replace('"', "'")
             own = number and number in re.findall(r"\b\d\d[a-z]?\b", meaning)
             if term in seen or own or found[0] == "transformers":  # that is a library
