@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'fig_alt', 'pick_dtype', 'set_seed', 'random_state', 'set_random_state', 'keep_random_state',
-           'relative_error', 'check_device', 'atomic_write', 'folder_lock', 'asset', 'need', 'is_online', 'lesson',
-           'print_wrapped', 'patch', 'LiveCurve', 'whole_tensor', 'cut_like']
+           'relative_error', 'check_device', 'atomic_write', 'folder_lock', 'asset', 'need', 'is_online',
+           'print_wrapped', 'lesson', 'patch', 'LiveCurve', 'whole_tensor', 'cut_like']
 
 # %% ../nbs/00a_core.ipynb #6db0329a
 import errno, importlib, os, platform, random, re, socket, tempfile, textwrap, time
@@ -290,17 +290,6 @@ def is_online(
     except OSError:
         return False
 
-# %% ../nbs/00a_core.ipynb #0805a67c
-def lesson(
-    name: str,                  # The notebook's name without its ending
-    minutes: int | None = None, # How long a learner needs, exercises included; None: engine room
-) -> None:
-    "Print a notebook's header: version, device, network, minutes. Takes less than two seconds."
-    network = "online" if is_online(timeout=1) else "offline"
-    last = "an engine room" if minutes is None else f"about {minutes} minutes"
-    parts = [f"llm-course {llm_course.__version__}", name, str(pick_device()), network, last]
-    print(" · ".join(parts))
-
 # %% ../nbs/00a_core.ipynb #c2d94e6a
 def print_wrapped(
     *values: object,  # What `print` would get
@@ -315,6 +304,17 @@ def print_wrapped(
         later = " " * (len(line) - len(line.lstrip()) + hang)
         print(textwrap.fill(line, width, subsequent_indent=later, replace_whitespace=False,
                             expand_tabs=False, break_on_hyphens=False))
+
+# %% ../nbs/00a_core.ipynb #0805a67c
+def lesson(
+    name: str,                  # The notebook's name without its ending
+    minutes: int | None = None, # How long a learner needs, exercises included; None: engine room
+) -> None:
+    "Print a notebook's header: version, device, network, minutes. Takes less than two seconds."
+    network = "online" if is_online(timeout=1) else "offline"
+    last = "an engine room" if minutes is None else f"about {minutes} minutes"
+    parts = [f"llm-course {llm_course.__version__}", name, str(pick_device()), network, last]
+    print_wrapped(" · ".join(parts))
 
 # %% ../nbs/00a_core.ipynb #40ab8769
 def patch(

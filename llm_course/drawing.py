@@ -7,7 +7,7 @@ __all__ = ['Box', 'facing_points', 'Drawing', 'draw_pipeline', 'draw_data_road',
            'draw_cache', 'draw_rlhf']
 
 # %% ../nbs/00h_drawing.ipynb #b7cb7452
-import html
+import html, zlib
 from typing import NamedTuple
 
 # %% ../nbs/00h_drawing.ipynb #296b3423
@@ -137,12 +137,13 @@ def row(
 @patch
 def _repr_html_(self: Drawing) -> str:
     alt, head = html.escape(self.alt, quote=True), "M0,0 L8,4 L0,8 z"
+    name = f"head-{zlib.crc32(self.alt.encode()):08x}"  # two drawings on a page, two names
     return (f'<svg role="img" aria-label="{alt}" viewBox="0 0 {self.width:g} {self.height:g}" '
             f'width="{self.width:g}" style="max-width:100%;height:auto" '
             'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif">'
-            '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="4" '
+            f'<defs><marker id="{name}" markerWidth="8" markerHeight="8" refX="7" refY="4" '
             f'orient="auto"><path d="{head}" fill="currentColor"/></marker></defs>'
-            f'{"".join(self.parts)}</svg>')
+            f'{"".join(self.parts).replace("url(#head)", f"url(#{name})")}</svg>')
 
 # %% ../nbs/00h_drawing.ipynb #56454b8c
 def draw_pipeline() -> Drawing: # From text to an assistant

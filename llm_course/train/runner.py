@@ -257,16 +257,16 @@ def _keep_step(job: Job, files: CheckpointFiles) -> None:
         if job.is_best:
             CheckpointFiles(files.folder, "best").write(job.step, *state)
         path = visible_text(str(files.write(job.step, *state)))
-        print(f"What came after step {job.step} failed. The step itself is saved in {path}: start "
-              "it again with the same folder to go on.")
+        print(f"What came after step {job.step} failed. The step itself is saved in\n{path}:\n"
+              "start it again with the same folder to go on.")
 
 # %% ../../nbs/40c_train.runner.ipynb #ae3239c2
 def _interrupt(job: Job, folder: str | Path | None) -> None:
     "Say how to go on, and raise `KeyboardInterrupt`."
     where = "not saved: no folder was given"
     if folder:
-        where = (f"saved in {visible_text(Path(folder).name)}: start it again with the same "
-                 "folder to go on")
+        where = (f"saved in {visible_text(Path(folder).name)}:\n"
+                 "start it again with the same folder to go on")
     message = f"Stopped after step {job.step}, {where}."
     if rank() == 0:
         print(message)
