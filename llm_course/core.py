@@ -33,18 +33,27 @@ def pick_device(
     return torch.device(name)
 
 # %% ../nbs/00a_core.ipynb #34707c35
-def _picture(figure, alt: str):
-    "Turn a figure into a small HTML picture (64 colours) with an alternative text."
+def _small_html(picture: bytes, alt: str, scale: float, most: int) -> str:
+    "A picture of few colours and at most so many bytes, with an alternative text; '' for more."
     import base64, html, io
+    from PIL import Image
+    full, buffer = Image.open(io.BytesIO(picture)).convert("RGB"), io.BytesIO()
+    few = full.quantize(16, kmeans=1).convert("RGB")
+    few.save(buffer, format="webp", lossless=True, method=4, quality=75)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (f'<img alt="{html.escape(alt, quote=True)}" width="{full.width / scale:.0f}" '
+            f'src="data:image/webp;base64,{data}"/>') if len(buffer.getvalue()) <= most else ""
+
+def _picture(figure, alt: str):
+    "Turn a figure into HTML, with two dots a pixel for sharp screens; a large one with 1.5."
+    import io
     import matplotlib.pyplot as plt
     from IPython.display import HTML
-    from PIL import Image
-    full, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=80, bbox_inches="tight")
-    plt.close(figure)
-    Image.open(full).convert("RGB").quantize(64).save(buffer, format="png", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return HTML(f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}"/>')
+    for scale, most in ((2, 12_000), (1.5, 10**9)):
+        figure.savefig(full := io.BytesIO(), format="png", dpi=80 * scale, bbox_inches="tight")
+        if text := _small_html(full.getvalue(), alt, scale, most):
+            plt.close(figure)
+            return HTML(text)
 
 def fig_alt(
     alt: str, # What the current figure shows, for people who do not see it

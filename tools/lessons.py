@@ -63,7 +63,8 @@ def is_skipped(source: str) -> bool:
     return re.match(r"(#\|.*\n)*#\| eval: false", source) is not None
 
 
-# Before the first cell, when outputs are stored: a figure is described by its titles and axes.
+# Before the first cell, when outputs are stored: a figure is described by its titles and axes, and
+# drawn with two dots a pixel.
 DESCRIBE = """
 def install():
     def describe(figure, printer, cycle):
@@ -77,6 +78,7 @@ def install():
         plain = get_ipython().display_formatter.formatters["text/plain"]
         plain.for_type_by_name("matplotlib.figure", "Figure", describe)
     get_ipython().events.register("pre_run_cell", register)
+    get_ipython().config.InlineBackend.figure_formats = {"retina"}
 install()
 del install
 """
@@ -129,12 +131,17 @@ def as_html(text: str) -> dict:
 
 
 def small_picture(png: str, alt: str) -> dict:
-    "A picture of few colours, with words for those who do not see it."
-    full, buffer = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
-    full.convert("RGB").quantize(64).save(buffer, format="png", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    alt = html.escape(f"The explorer as it begins. {alt}", quote=True)
-    return as_html(f'<img alt="{alt}" src="data:image/png;base64,{data}"/>')
+    "A picture of few colours, sharp as far as its size allows, with words for who does not see it."
+    from llm_course.core import _small_html
+
+    picture, alt = base64.b64decode(png), f"The explorer as it begins. {alt}"
+    text = _small_html(picture, alt, scale=2, most=12_000)
+    if not text:
+        full, smaller = Image.open(io.BytesIO(picture)), io.BytesIO()
+        size = full.width // 2, full.height // 2
+        full.convert("RGB").resize(size, Image.LANCZOS).save(smaller, format="png")
+        text = _small_html(smaller.getvalue(), alt, scale=1, most=10**9)
+    return as_html(text)
 
 
 def still(output: dict, models: dict) -> list:
