@@ -32,7 +32,7 @@ def pick_device(
         raise ValueError(f"device {name!r} is not available here; choose one of {available}")
     return torch.device(name)
 
-# %% ../nbs/00a_core.ipynb #34707c35
+# %% ../nbs/00a_core.ipynb #b8e1d0f2
 def _small_html(picture: bytes, alt: str, scale: float, most: int) -> str:
     "A picture of few colours and at most so many bytes, with an alternative text; '' for more."
     import base64, html, io
@@ -44,6 +44,7 @@ def _small_html(picture: bytes, alt: str, scale: float, most: int) -> str:
     return (f'<img alt="{html.escape(alt, quote=True)}" width="{full.width / scale:.0f}" '
             f'src="data:image/webp;base64,{data}"/>') if len(buffer.getvalue()) <= most else ""
 
+# %% ../nbs/00a_core.ipynb #34707c35
 def _picture(figure, alt: str):
     "Turn a figure into HTML, with two dots a pixel for sharp screens; a large one with 1.5."
     import io
