@@ -12,7 +12,6 @@ network and the accelerator are off, and what changes from run to run is left ou
 
 import argparse
 import base64
-import html
 import io
 import json
 import os
