@@ -79,7 +79,7 @@ def recall_cost(
     model: GPT,     # In evaluation mode
     tokenizer,      # Its tokens are words
     n: int,         # Sentences of gossip
-    texts: int = 3, # How many are asked
+    texts: int = 10,# How many are asked
     seed: int = 3,  # Which
 ) -> tuple[float, float, float]: # Nats for a planted word; nats above the floor; tokens of a text
     "Does a model still know at the end what a long text was about? Means over all texts."
