@@ -1,6 +1,6 @@
 # make lab      open the lessons in JupyterLab      (make lab ARGS=--no-browser)
 # make test     every check that CI runs
-# make docs     the website, into _docs             (without Quarto: its pages, checked, into _proc)
+# make docs     the website, into _docs             (without Quarto: a plain one, by pandoc alone)
 # make bench    measurements beside other libraries; what needs a GPU says so and is left out
 # make outputs  run every lesson and store its outputs
 # make checkpoint  train the models that ship: the base model for eight minutes, the others for five

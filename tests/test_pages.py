@@ -104,6 +104,9 @@ def test_lessons_and_papers_are_links(prepared):
         assert not pages.ARXIV.search(plain), f"{name}: a paper without link"
         found = {lesson for lesson in pages.NAMED.findall(plain) if lesson in COURSE.pages}
         assert found <= {name.removesuffix(".ipynb")}, f"{name}: {found} without link"
+        if not (prepared / "api" / name).exists():
+            left = {m[1] for m in pages.NUMBERS.finditer(plain)} & COURSE.by_number.keys()
+            assert left <= {name.split("_")[0]}, f"{name}: lessons {left} without link"
 
 
 def test_a_lesson_says_where_it_stands(prepared):
@@ -277,6 +280,16 @@ def test_pandoc_makes_every_page(site, prepared):
     assert not found, "\n".join(found)
 
 
+def test_each_page_says_what_it_is(site):
+    found = {}
+    for path in site.rglob("*.html"):
+        said = re.search(r'<meta name="description" content="([^"]+)">', path.read_text("utf-8"))
+        assert said or path.name == "try.html", f"{path.name} has no description"
+        if said and path.parent == site:
+            assert said[1] not in found, f"{path.name} is described like {found[said[1]]}"
+            found[said[1]] = path.name
+
+
 def test_links_of_the_finished_pages_lead_somewhere(site):
     found = list(pages.site_faults(site))
     for path in site.rglob("*.html"):
@@ -325,6 +338,11 @@ LAYOUT = """() => {
 }"""
 
 
+CUT = """() => [...document.querySelectorAll("main pre")]
+    .filter((pre) => pre.checkVisibility() && pre.scrollWidth > pre.clientWidth + 2)
+    .map((pre) => `cut: ${pre.textContent.slice(0, 40)}`)"""
+
+
 def seen(files: list) -> list:
     "What a browser finds wrong with pages: on a phone and a desk, in light and dark."
     from playwright.sync_api import sync_playwright
@@ -345,6 +363,9 @@ def seen(files: list) -> list:
                 if (theme, width) != ("dark", 1280):  # it has been loaded in the dark
                     page.goto(file.as_uri())
                 found += [f"{file.name}, {theme}, {width}: {f}" for f in page.evaluate(LAYOUT)]
+            page.emulate_media(media="print")
+            found += [f"{file.name}, on paper: {f}" for f in page.evaluate(CUT)]
+            page.emulate_media(media="screen")
         browser.close()
     return found
 
@@ -356,6 +377,14 @@ SAMPLE += ["data.files", "train.loop", "generate.steer", "align.rl", "ship.serve
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 def test_pages_look_right_on_a_phone_and_on_a_desk(site):
     assert seen([site / f"{name}.html" for name in SAMPLE]) == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_pages_are_for_everyone(site, theme):
+    from test_axe import serious
+
+    assert serious([site / f"{name}.html" for name in SAMPLE[:8]], theme) == []
 
 
 @pytest.mark.slow

@@ -35,6 +35,13 @@ pre.sourceCode, pre.sourceCode code { white-space: pre-wrap; overflow-wrap: anyw
 table { border-collapse: collapse; margin-bottom: 1rem; }
 td, th { padding: 0.3rem 0.5rem; border-bottom: 1px solid #c5ccd3; text-align: left; }
 blockquote { margin-left: 1rem; }
+.sourceCode :is(.co, .an, .cv, .in, .wa) { color: #3b6470; }
+.sourceCode :is(.dv, .fl, .bn) { color: #1f6f46; }
+.sourceCode :is(.st, .sc, .ch, .vs) { color: #2f5f92; }
+.sourceCode .ss { color: #9b3d66; }
+.sourceCode .at { color: #5c6b12; }
+.sourceCode .pp { color: #8a5800; }
+.sourceCode .op { color: #555; }
 body.quarto-dark { color: #eef1f4; background: #222; }
 body.quarto-dark div.sourceCode { background: #2b3138; }
 body.quarto-dark .sourceCode span { color: inherit; }
