@@ -283,7 +283,7 @@ def test_pandoc_makes_every_page(site, prepared):
 def test_each_page_says_what_it_is(site):
     found = {}
     for path in site.rglob("*.html"):
-        said = re.search(r'<meta name="description" content="([^"]+)">', path.read_text("utf-8"))
+        said = re.search(r'<meta name="description" content="([^"]+)">', path.read_text(encoding="utf-8"))
         assert said or path.name == "try.html", f"{path.name} has no description"
         if said and path.parent == site:
             assert said[1] not in found, f"{path.name} is described like {found[said[1]]}"
