@@ -7,9 +7,11 @@ Bits: matrices in eight, four and two bits, rounded, with scaled inputs, with er
 Pruned: half of the blocks' weights by size, by Wanda, 2:4; a head of each layer; a whole layer;
 before and after a short training on new stories, three seeds, and beside it the whole model trained
 as long. Distilled: a small model on the same stories from the text, from the story model, from the
-true distribution, three seeds. All are graded on the same unseen stories. Each result is added to
-compress.json in the folder of --save as soon as it is there; --only repeats one way. Without it, the ways in bits are repeated and compared with
-what was recorded. The last line is JSON; `value` is the excess that int8 costs, bar 0.002.
+true distribution, three seeds. All are graded on the same unseen stories, by which nothing was
+chosen: the layer that is left out and the rate of recovery were, on others. Each result is added to
+compress.json in the folder of --save as soon as it is there; --only repeats one way. Without
+--save, the ways in bits are repeated and compared with what was recorded. The last line is JSON;
+`value` is the excess that int8 costs, bar 0.002.
 """
 
 import argparse
@@ -40,7 +42,7 @@ from llm_course.train.loop import TrainConfig, evaluate
 from llm_course.world import World
 
 SEEDS, UNSEEN, CONTEXT = (0, 1, 2), 100, 224
-RECOVER = {"steps": 24, "stories": 8, "lr_matrix": 0.001, "lr": 0.0004}
+RECOVER, RATES = {"steps": 24, "stories": 8}, (0.0005, 0.001, 0.002, 0.004, 0.008)
 TEACH = {"steps": 100, "stories": 8, "width": 64, "layers": 2}
 
 
@@ -49,10 +51,8 @@ class Bench:
 
     def __init__(self):
         self.world, self.tokenizer = World(seed=0), load_tokenizer(asset("story.bpe"))
-        unseen = self.world.sample(UNSEEN, seed=12)
-        shards = memory_shards(unseen, self.tokenizer)
-        self.batches = list(one_pass(DocumentBatches(shards, 32, CONTEXT, pack=False)))
-        self.floor = -sum(map(self.world.log_prob, unseen)) / (shards.n_tokens - 1)
+        self.grading = self._exam(seed=12)
+        self.choosing = self._exam(seed=13)  # whoever chooses is not graded by the same stories
         end, encode = self.tokenizer.end_id, self.tokenizer.encode
         read = [torch.tensor([end, *encode(s)]) for s in self.world.sample(100, seed=11)]
         self.grams = input_grams(self.model(), read)
@@ -60,8 +60,16 @@ class Bench:
     def model(self) -> GPT:
         return load_model(asset("story.safetensors"))
 
-    def excess(self, model) -> float:
-        return round(evaluate(model, self.batches) - self.floor, 5)
+    def _exam(self, seed: int) -> tuple:
+        "Batches of unseen stories, and the lowest loss that is possible on them."
+        texts = self.world.sample(UNSEEN, seed=seed)
+        shards = memory_shards(texts, self.tokenizer)
+        floor = -sum(map(self.world.log_prob, texts)) / (shards.n_tokens - 1)
+        return list(one_pass(DocumentBatches(shards, 32, CONTEXT, pack=False))), floor
+
+    def excess(self, model, exam: tuple | None = None) -> float:
+        batches, floor = exam or self.grading
+        return round(evaluate(model, batches) - floor, 5)
 
     def stories(self, n: int, seed: int, order: int):
         shards = memory_shards(self.world.sample(n, seed=seed), self.tokenizer)
@@ -133,9 +141,9 @@ def chosen(bench: Bench, bits: int, group: int, symmetric: bool) -> list:
 
 
 def without_layer(bench: Bench) -> GPT:
-    "Without the layer whose loss hurts least."
+    "Without the layer whose loss hurts least, on stories that grade nothing."
     small = [remove_layer(bench.model(), at) for at in range(4)]
-    return min(small, key=bench.excess)
+    return min(small, key=lambda model: bench.excess(model, bench.choosing))
 
 
 def cut_ways(bench: Bench) -> dict:
@@ -157,22 +165,34 @@ def cut_ways(bench: Bench) -> dict:
             "one layer of four": lambda: (without_layer(bench), {})}
 
 
+def recovered(bench: Bench, start: GPT, masks: dict, seed: int, rate: float) -> GPT:
+    "A cut model, trained a little."
+    model, steps = copy.deepcopy(start), RECOVER["steps"]
+    batches = bench.stories(steps * RECOVER["stories"], 31, seed)
+    train_softly(model, batches, TrainConfig(steps, lr_matrix=rate, lr=0.4 * rate), masks=masks)
+    return model
+
+
+def best_rate(bench: Bench, start: GPT, masks: dict) -> float:
+    "The rate with which a cut model recovers best, on stories that grade nothing."
+    models = {rate: recovered(bench, start, masks, 9, rate) for rate in RATES}
+    found = {rate: bench.excess(model, bench.choosing) for rate, model in models.items()}
+    print("  rates:", found, flush=True)
+    return min(found, key=found.get)
+
+
 def pruned(bench: Bench, only: str | None):
     "Cut, graded, trained a little, graded again."
-    r = RECOVER
     for name, make in cut_ways(bench).items():
         if only not in (None, name):
             continue
         (start, masks), after = make(), []
         size = pruned_bytes(start, masks)
         yield row(name, "pruned", size, [bench.excess(start)])
+        rate = best_rate(bench, start, masks)
         for seed in SEEDS:
-            model = copy.deepcopy(start)
-            batches = bench.stories(r["steps"] * r["stories"], 31, seed)
-            config = TrainConfig(r["steps"], lr_matrix=r["lr_matrix"], lr=r["lr"])
-            train_softly(model, batches, config, masks=masks)
-            after.append(bench.excess(model))
-        yield row(name, "pruned, recovered", size, after)
+            after.append(bench.excess(recovered(bench, start, masks, seed, rate)))
+        yield {**row(name, "pruned, recovered", size, after), "rate": rate}
 
 
 def distilled(bench: Bench, only: str | None):
