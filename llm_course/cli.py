@@ -477,9 +477,8 @@ def _share(
     stage: str | None = None,  # base, sft or assistant; by default the last that there is
 ) -> None:
     "Write a model as one HTML file that opens in any browser, without server and network."
-    from llm_course.pipeline.weights import open_model
-    from llm_course.ship.share import share_run
-    loaded = open_model(run, "cpu", stage).as_gpt("share")
+    from llm_course.pipeline.weights import open_model, share_run
+    loaded = open_model(run, "cpu", stage)
     path = out or Path(f"{Path(loaded.name).resolve().name}.html")
     size = share_run(path, loaded)
     typer.echo(f"{size / 1e6:.1f} MB in {visible_text(str(path))}: open it in a browser")

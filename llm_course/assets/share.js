@@ -241,8 +241,11 @@ function draw(logits, temperature, random = Math.random) {
 
 class Tokenizer {
   "Characters, words, bytes or byte pairs. A token is a string of its bytes, a letter per byte.";
-  constructor({ kind, tokens, special, pattern, young, merges }) {
-    Object.assign(this, { kind, tokens, special });
+  constructor({ kind, tokens, special, pattern, young, merges, form }) {
+    Object.assign(this, { kind, tokens, special, form });
+    const exact = (name) => name.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+    const longest = Object.keys(special).sort((a, b) => b.length - a.length);
+    this.marks = new RegExp(`(${longest.map(exact).join("|") || "(?!)"})`, "u");
     this.pieces = new RegExp(pattern, "gu");
     this.young = new RegExp(young, "gu");
     this.ranks = new Map(tokens.flatMap((token, id) => (token === null ? [] : [[token, id]])));
@@ -286,7 +289,8 @@ class Tokenizer {
     const one = (token) => this.ranks.get(token);
     if (this.kind === "byte") return parts.map(one);
     if (this.kind === "merges") {
-      return this.merge(parts.map(one), (a, b) => this.order.get(`${a},${b}`)?.[0],
+      const known = parts.map(one).filter((byte) => byte !== undefined);
+      return this.merge(known, (a, b) => this.order.get(`${a},${b}`)?.[0],
         (a, b) => this.order.get(`${a},${b}`)[1]);
     }
     if (id !== undefined) return [id];
@@ -303,6 +307,12 @@ class Tokenizer {
       ids.push(...this.known.get(piece));
     }
     return ids;
+  }
+
+  obey(text) {
+    "Ids; names of special tokens in it are these.";
+    return text.split(this.marks).flatMap((part, i) =>
+      (i % 2 ? [this.special[part]] : this.encode(part)));
   }
 
   token(id) {
@@ -342,10 +352,23 @@ class Writer {
 
   render(messages) {
     "A conversation as ids, ready for an answer.";
-    const { special } = this.tokenizer;
+    const { special, form } = this.tokenizer;
+    if (form) return this.renderForm(messages, form);
     return [this.end, ...messages.flatMap(({ role, content }) =>
       [special[`<|${role}|>`], ...this.tokenizer.encode(" " + content), special["<|end|>"]]),
     special["<|assistant|>"]];
+  }
+
+  renderForm(messages, form) {
+    "The same in the form of a model from elsewhere; special tokens in what people say stay text.";
+    const { tokenizer } = this, last = messages.length - 1;
+    const after = messages.map(({ role }, i) =>
+      (i === last ? form.reply : role === "user" ? form.answer : form.next));
+    if (!messages.some(({ content }) => tokenizer.marks.test(content))) {
+      return tokenizer.obey(form.first + messages.map(({ content }, i) => content + after[i]).join(""));
+    }
+    return [...tokenizer.obey(form.first), ...messages.flatMap(({ content }, i) =>
+      [...tokenizer.encode(content), ...tokenizer.obey(after[i])])];
   }
 
   chatPrompt(messages, most) {

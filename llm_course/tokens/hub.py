@@ -210,6 +210,22 @@ def learned(
             mask[start:stop] = [True] * (stop - start)
     return mask
 
+# %% ../../nbs/22c_tokens.hub.ipynb #22c0f002
+@patch
+def pieces(
+    self: ChatForm,
+) -> dict[str, str]: # "first", then what follows a user ("answer"), an assistant ("next"), "reply"
+    "What stands around the messages. Raises `ValueError` where that depends on what they say."
+    def around(n):
+        talk = [{"role": ("user", "assistant")[i % 2], "content": f"\ue000{i}\ue001"}
+                for i in range(n)]
+        return re.split("\ue000\\d+\ue001", self.text(talk, reply=True))
+
+    first, answer, after, reply = around(3)
+    if around(1) != [first, reply] or around(5) != [first, answer, after, answer, after, reply]:
+        raise ValueError("the model's chat template writes a message in another way each time")
+    return {"first": first, "answer": answer, "next": after, "reply": reply}
+
 # %% ../../nbs/22c_tokens.hub.ipynb #9780da35
 @reads("JSON file")
 def _json(path: Path) -> dict:
