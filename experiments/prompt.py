@@ -23,7 +23,7 @@ from llm_course.world.requests import PHRASES, Request, says
 from llm_course.world.story import World
 
 FILE = Path(__file__).resolve().parent.parent / "llm_course/assets/prompt.json"
-PEOPLE, DRAWS, NEW = 24, 3, 24  # people asked about, draws of the examples, tokens of an answer
+DRAWS, NEW = 3, 24  # draws of the examples, tokens of an answer
 PLAIN = "What is {a}'s job?"
 
 
@@ -39,7 +39,7 @@ class News:
 
     def __init__(self, seed: int):
         self.facts = World(seed=seed).facts
-        self.people = list(self.facts)[:PEOPLE]
+        self.people = list(self.facts)
 
     def notice(self, person: str) -> str:
         job = self.facts[person]["job"]
@@ -104,7 +104,7 @@ def hops(loaded, news) -> dict[str, float]:
 def measure(loaded, whole: bool) -> dict:
     "All figures, or those of the first lines."
     news = News(5)
-    found = {"model": "SmolLM2-135M-Instruct", "people": PEOPLE,
+    found = {"model": "SmolLM2-135M-Instruct", "people": len(news.people),
              "nothing to read": share(loaded, news.requests(read=False)),
              "0": [shots(loaded, news, 0, 0)]}
     if not whole:

@@ -1,9 +1,13 @@
 "A real model of somebody else: read, compared, talked to, taught; and files that lie."
 
+import http.server
 import json
 import os
 import random
 import struct
+import subprocess
+import sys
+import threading
 import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,13 +111,13 @@ def test_chat_tune_merge_export(smollm, tmp_path):
     assert again.tokenizer.encode("12 apples") == smollm.tokenizer.encode("12 apples")
 
 
-def tiny(folder: Path) -> Path:
+def tiny(folder: Path, vocab_size: int = 64) -> Path:
     "A small Llama in a folder, and as a GGUF file beside it."
     from llm_course.model.block import LLAMA
     from llm_course.model.gpt import GPT, GPTConfig
 
     torch.manual_seed(0)
-    model = GPT(GPTConfig(64, 32, 32, 2, 4, style=LLAMA)).eval()
+    model = GPT(GPTConfig(vocab_size, 32, 32, 2, 4, style=LLAMA)).eval()
     save_hf(model, folder)
     save_gguf(model, folder / "m.gguf")
     return folder
@@ -249,3 +253,142 @@ def test_sentencepiece_ids(tmp_path):
     for text in ["Once upon a time, Ada lost a button.", "é 漢 🙂", "two  blanks", "a"]:
         assert t.encode(text) == sp.encode(text), text
         assert t.decode(t.encode(text)) == text
+
+
+# --- The hub, played by a server on this machine --------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    "The four answers of the hub that a download needs: what there is, headers, bytes, and no."
+    protocol_version = "HTTP/1.1"
+    sha = "0" * 40
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, code, body=b"", **headers):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        if "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub, path = self.server, self.path.split("?")[0]
+        if path.startswith("/cuts/"):  # for the test, not the hub: how many downloads break
+            hub.cuts = int(path.rpartition("/")[2])
+            hub.asked.append(path)
+            return self.reply(200, str(len(hub.asked)).encode())
+        hub.asked.append((self.command, path, self.headers.get("Range")))
+        if path.startswith("/api/models/owner/tiny/tree/"):
+            tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name}
+                    for p in sorted(hub.folder.iterdir())]
+            return self.reply(200, json.dumps(tree).encode(), Content_Type="application/json")
+        if path.startswith("/api/models/owner/tiny"):
+            files = sorted(p.name for p in hub.folder.iterdir())
+            info = {"id": "owner/tiny", "modelId": "owner/tiny", "sha": self.sha, "private": False,
+                    "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": f} for f in files]}
+            return self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
+        if path.startswith("/owner/tiny/resolve/"):
+            return self.send_file(hub.folder / path.rpartition("/")[2])
+        gated = path.startswith(("/api/models/owner/gated", "/owner/gated"))
+        kind = "GatedRepo" if gated else "RepoNotFound"
+        self.reply(403 if gated else 404, b"{}", X_Error_Code=kind, X_Error_Message=kind)
+
+    def send_file(self, path):
+        if not path.is_file():
+            return self.reply(404, X_Error_Code="EntryNotFound")
+        data = path.read_bytes()
+        known = {"ETag": f'"{path.name}-{len(data)}"', "X_Repo_Commit": self.sha,
+                 "Accept_Ranges": "bytes"}
+        start = int((self.headers.get("Range") or "bytes=0-").split("=")[1].split("-")[0])
+        if self.command == "HEAD":
+            return self.reply(200, Content_Length=len(data), **known)
+        if self.server.cuts and path.name.endswith(".safetensors"):
+            self.server.cuts -= 1  # half of it, then the line is dead
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            self.wfile.write(data[start : start + (len(data) - start) // 2])
+            self.wfile.flush()
+            return self.connection.shutdown(2)
+        more = {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        self.reply(206 if start else 200, data[start:], **known, **more)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    "A hub with one small model, and a way to run a command that knows no other."
+    pytest.importorskip("huggingface_hub")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.asked, server.cuts = tmp_path / "files", [], 0
+    from llm_course.core import asset
+    from llm_course.tokens.exchange import load_tokenizer
+    from llm_course.tokens.hub import save_hub_tokenizer
+
+    tokenizer = load_tokenizer(asset("story.bpe"))
+    tiny(server.folder, tokenizer.vocab_size)
+    save_hub_tokenizer(tokenizer, server.folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_address[1]
+    gone = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    env = {**gone, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "home"),
+           "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(*command, **more):
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env,
+                              cwd=tmp_path, timeout=120, **more)
+
+    server.run = run
+    yield server
+    server.shutdown()
+
+
+def test_a_name_on_the_hub_is_opened_and_only_what_is_needed_comes(hub):
+    said = hub.run("-m", "llm_course", "chat", "hf:owner/tiny", "--temperature", "0", "--tokens", "3",
+                   input="Ada\n")
+    assert said.returncode == 0 and said.stdout.startswith("Ada"), said.stderr
+    assert any(path.endswith("model.safetensors") for _, path, _ in hub.asked)
+    assert not any(path.endswith(".gguf") for _, path, _ in hub.asked)
+
+
+FETCHES = """
+import os, urllib.request
+from llm_course.ship.sources import fetch_from_hub
+
+def asked(cuts):
+    return int(urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/cuts/{cuts}").read())
+
+def fetch(name, online=None):
+    try:
+        return sorted(p.name for p in fetch_from_hub(name, online).iterdir())
+    except FileNotFoundError as error:
+        return str(error)
+
+asked(99)
+print(fetch("owner/tiny"))
+print(fetch("owner/tiny", online=False))
+n = asked(0)
+print(fetch("owner/tiny"), asked(0) > n + 1)
+n = asked(0)
+print(fetch("owner/tiny"), asked(0) - n - 1)
+print(fetch("nobody/nothing"))
+print(fetch("owner/gated"))
+"""
+
+
+def test_an_interrupted_download_goes_on_and_unknown_names_are_said(hub):
+    said = hub.run("-c", FETCHES)
+    assert said.returncode == 0, said.stderr
+    broken, offline, whole, again, unknown, gated = said.stdout.splitlines()
+    assert "could not be fetched whole" in broken and "goes on from there" in broken
+    assert "only in part (model.safetensors is missing)" in offline
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert whole == f"{files} True" and again == f"{files} 0"
+    assert "has no model nobody/nothing" in unknown and "agree to its terms" in gated

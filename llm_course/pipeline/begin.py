@@ -201,7 +201,7 @@ def _begin_from(name: str, folder: Path, settings: Settings) -> None:
     loaded = open_model(name, "cpu", None if _is_elsewhere(name) else "base").as_gpt("--from")
     settings = replace(settings, budget=settings.budget or Budget(steps=60))
     folder.mkdir(parents=True, exist_ok=True)
-    begins = {"name": full, "called": loaded.name, "foreign": loaded.foreign}
+    begins = {"name": full, "called": Path(loaded.name).name, "foreign": loaded.foreign}
     told = {"asked": settings.to_dict(), "settings": settings.asked(folder).filled().to_dict()}
     write_json(folder / "config.json", {**told, "begins": begins})
     keep_tokenizer(loaded.tokenizer, folder)
@@ -285,7 +285,8 @@ def report_model(
     "The report card of a run. Raises `ValueError` for a model that was not trained here."
     kind = kind_of_model(name)
     if is_shipped(name) or kind != RUN:
-        raise ValueError(f"{name} is {'what ships' if is_shipped(name) else kind}: it has no "
-                         "record of a training to report on. Judge it on a text by eval --data "
-                         "TEXT, or teach it one by build --from, which ends in a report card")
+        what = "the model that ships" if is_shipped(name) else f"{name}, {kind},"
+        raise ValueError(f"{what} has no record of a training to report on: judge it on a text by "
+                         "eval --data TEXT, or teach it one by build --from, which ends in a "
+                         "report card")
     return report_run(name, machine)

@@ -159,9 +159,9 @@ def as_gpt(
     "The same with a GPT. Raises `ValueError` that names another kind."
     kind = getattr(self.model, "kind", "gpt")
     if kind != "gpt":
-        raise ValueError(f"{self.name} holds a model of the kind {kind}; {what} is for GPTs. "
-                         f"chat, eval, serve and report take a {kind}, and export --format "
-                         "safetensors; or train a GPT by the same command without --arch")
+        raise ValueError(f"{self.name} holds a model of the kind {kind}; {what} is for GPTs. With "
+                         "this one, chat, eval, serve, report and export --format safetensors "
+                         "work; or train a GPT, by the same command without --arch")
     return self._replace(model=full_weights(self.model))
 
 # %% ../../nbs/95e_pipeline.build.ipynb #3023a3f9

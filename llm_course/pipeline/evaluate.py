@@ -152,7 +152,7 @@ def judge_runs(
     parts = texts if stories else cut_passages(texts)
     judged = [judge_model(model, parts, tasks, limit, harness) for model in models]
     if len(parts) > len(texts):
-        judged[0].notes.append(f"{len(texts)} documents are few: judged by {len(parts)} passages")
+        judged[0].notes.append(f"few documents ({len(texts)}): judged by {len(parts)} passages")
     for folder, one in zip(folders, judged):
         one.notes += _beside_yardsticks(one, folder) if data is None else []
     return judged

@@ -104,11 +104,11 @@ def _lacks(folder: Path) -> str:
     names = ["config.json", "tokenizer.json", *weights]
     return next((name for name in names if not (folder / name).is_file()), "")
 
-def _hub_answers() -> bool:
+def _hub_answers(hub) -> bool:
     "Can the hub be reached, the one that HF_ENDPOINT names, if it does?"
     other = urlsplit(os.environ.get("HF_ENDPOINT", ""))
     if other.hostname in ("127.0.0.1", "localhost"):
-        return True  # this computer needs no network
+        return not hub.constants.HF_HUB_OFFLINE  # this computer needs no network
     return is_online(host=other.hostname or "huggingface.co")
 
 # %% ../../nbs/94a_ship.sources.ipynb #4e2b2fd5
@@ -126,9 +126,9 @@ def fetch_from_hub(
         lacks = _lacks(folder)
         if not lacks:
             return folder
-    except (OSError, ValueError):
-        pass  # not in the cache
-    if not (_hub_answers() if online is None else online):
+    except (OSError, ValueError) as error:  # not in the cache, or not all of it
+        lacks = (re.findall(r"missing \(([^)]+)\)", str(error)) or [""])[0]
+    if not (_hub_answers(hub) if online is None else online):
         here = f"is here only in part ({lacks} is missing)" if lacks else "is not on this computer"
         raise FileNotFoundError(f"{name} {here}, and the hub can't be reached from here (no "
                                 "network): fetch it where there is one, and give the folder")
