@@ -168,7 +168,7 @@ def test_align(place, kind, tmp_path):
                       "--device", "cpu")
     expect(kind, said, code, kind not in NO_GPT, f"of the kind {kind}; align is for GPTs")
     if code == 0:
-        assert {"sft", "policy"} <= json.loads((tmp_path / "run" / "stages.json").read_text()).keys()
+        assert {"sft", "policy"} <= json.loads((tmp_path / "run" / "stages.json").read_text(encoding="utf-8")).keys()
         assert call("chat", tmp_path / "run", "--tokens", "2", stdin="The\n")[0] == 0
         assert call("align", "--out", tmp_path / "run")[0] == 0
     assert before is None or bytes_of(name) == before
