@@ -236,9 +236,11 @@ def test_right_answers_in_other_forms_pass(lesson, form):
             assert problem is None, f"{name}: right, as {form.__name__}, and rejected: {problem}"
 
 
-def test_most_lessons_have_exercises():
-    with_exercises = [x for x in LESSONS if any(defines_exercise(cell) for cell in x.code_cells)]
-    assert len(with_exercises) >= len(LESSONS) / 2
+def test_each_lesson_has_exercises():
+    "Engine rooms may have none; the museum asks its riddles in another way."
+    road = [lesson for lesson in LESSONS if not lesson.is_engine_room]
+    without = [x.name for x in road if not any(defines_exercise(cell) for cell in x.code_cells)]
+    assert len(road) > 40 and without == ["89_museum"], f"lessons without an exercise: {without}"
 
 
 def test_an_exercise_that_cannot_tell_mistakes_apart_is_caught():
