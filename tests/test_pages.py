@@ -256,7 +256,8 @@ def html_faults(text: str) -> list:
     words = re.sub(r"<(pre|code|math|svg)\b.*?</\1>", "", body, flags=re.S)
     ids = re.findall(r'\bid="([^"]*)"', body)
     found = [f"two places are called {one!r}" for one in set(ids) if ids.count(one) > 1]
-    found += [f"a formula is left: {tex[:40]}" for tex in re.findall(r'class="math[^>]*>[^<]', body)]
+    formulas = re.findall(r'class="math[^>]*>[^<]', body)
+    found += [f"a formula is left: {tex}" for tex in formulas]
     heads = re.findall(r"<h[1-4]\b[^>]*>(.*?)</h[1-4]>", body, flags=re.S)
     found += [f"two headings {one!r}" for one in set(heads) if heads.count(one) > 1]
     found += [f"a fold is open: {tag}" for tag in re.findall(r"<details[^>]*\bopen\b[^>]*>", body)]
@@ -283,7 +284,8 @@ def test_pandoc_makes_every_page(site, prepared):
 def test_each_page_says_what_it_is(site):
     found = {}
     for path in site.rglob("*.html"):
-        said = re.search(r'<meta name="description" content="([^"]+)">', path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        said = re.search(r'<meta name="description" content="([^"]+)">', text)
         assert said or path.name == "try.html", f"{path.name} has no description"
         if said and path.parent == site:
             assert said[1] not in found, f"{path.name} is described like {found[said[1]]}"
@@ -321,7 +323,7 @@ def test_faults_of_a_page_of_pandoc_are_found():
 LAYOUT = """() => {
     const found = [], wide = document.documentElement.scrollWidth;
     if (wide > innerWidth) found.push(`scrolls sideways: ${wide} in ${innerWidth}`);
-    const kinds = "main p, main pre, main h1, main h2, main h3, main table, main img, main svg, main summary";
+    const kinds = "main :is(p, pre, h1, h2, h3, table, img, svg, summary)";
     const boxes = [...document.querySelectorAll(kinds)]
         .map((element) => ({ element, box: element.getBoundingClientRect() }))
         .filter(({ element, box }) => element.checkVisibility() && box.width > 1 && box.height > 1)
@@ -329,9 +331,11 @@ LAYOUT = """() => {
     boxes.forEach((a, i) => {
         for (const b of boxes.slice(i + 1)) {
             if (b.box.top > a.box.bottom - 3) break;
-            const beside = Math.min(a.box.right, b.box.right) - Math.max(a.box.left, b.box.left) < 3;
-            if (beside || a.element.contains(b.element) || b.element.contains(a.element)) continue;
-            found.push(`${a.element.tagName} lies on ${b.element.tagName}: ${a.element.textContent.slice(0, 40)}`);
+            const right = Math.min(a.box.right, b.box.right);
+            if (right - Math.max(a.box.left, b.box.left) < 3) continue;
+            if (a.element.contains(b.element)) continue;
+            const text = a.element.textContent.slice(0, 40);
+            found.push(`${a.element.tagName} lies on ${b.element.tagName}: ${text}`);
         }
     });
     return found;
@@ -384,7 +388,8 @@ def test_pages_look_right_on_a_phone_and_on_a_desk(site):
 def test_pages_are_for_everyone(site, theme):
     from test_axe import serious
 
-    assert serious([site / f"{name}.html" for name in SAMPLE[:8]], theme) == []
+    names = ("start", "model.attention", "glossary")
+    assert serious([site / f"{name}.html" for name in names], theme) == []
 
 
 @pytest.mark.slow

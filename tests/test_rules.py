@@ -115,6 +115,8 @@ MUTANTS = [
     ),
     ("public_names_are_tested", replaced("test_eq(double(2), 4)", "double(2)")),
     ("a_fifth_of_the_cells_test", {"cells": GOOD + [("code", "x = 1")] * 8}),
+    ("printed_lines_are_narrow", printed("one\n" + "word " * 16)),
+    ("printed_lines_are_narrow", shown("text/plain", "[" + "1, " * 30 + "1]")),
     ("outputs_are_steady", shown("application/vnd.jupyter.widget-view+json", {})),
     ("outputs_are_steady", printed("saved in /home/ann/model.bin")),
     ("outputs_are_steady", printed("took 1.5 s")),
@@ -137,6 +139,17 @@ def find(name):
 def test_a_good_lesson_passes(rule, tmp_path):
     assert list(rule(write(tmp_path, GOOD))) == []
     assert list(rule(write(tmp_path, ROOM, "31b_model.double"))) == []
+
+
+def test_wide_words_for_a_picture_and_named_cells_pass(tmp_path, monkeypatch):
+    picture = {"text/html": "<p>", "text/plain": "word " * 30}
+    outputs = [{"output_type": "display_data", "data": picture}]
+    check = find("printed_lines_are_narrow")
+    assert list(check(write(tmp_path, GOOD, outputs=outputs))) == []
+    wide = write(tmp_path, **printed("x" * 77))
+    last = wide.cells[-1].id
+    monkeypatch.setitem(rules.WIDE_OUTPUTS, f"31_model.double {last}", "as a test")
+    assert list(check(wide)) == [] and set(rules.WIDE_OUTPUTS.values()) > {"as a test"}
 
 
 def test_what_counts_as_public(tmp_path):

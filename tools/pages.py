@@ -161,7 +161,8 @@ PARTS = re.compile(
 )
 NAMED = re.compile(r"(?<![\w/.])\d\d[a-z]?_[a-z][a-z_.]*[a-z]")
 NUMBERS = re.compile(
-    r"\b(?:[Ll]essons?|[Ee]ngine rooms?) (\d\d[a-z]?)(?:(?:,| to| and| or|, and|–) \d\d[a-z]?)*\b(?![_.]\w)"
+    r"\b(?:[Ll]essons?|[Ee]ngine rooms?) (\d\d[a-z]?)"
+    r"(?:(?:,| to| and| or|, and|–) \d\d[a-z]?)*\b(?![_.]\w)"
 )
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5}|[a-z-]+/\d{7})")
 TARGET = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
@@ -780,12 +781,12 @@ def not_done(quarto: bool, pandoc: bool) -> str:
     install = f"Install Quarto {QUARTO} (https://quarto.org) and run make docs again."
     if pandoc:
         return (
-            "NOT DONE, since Quarto is not on PATH: the theme, the sidebar and the search. The pages\n"
-            f"are plain ones, made by pandoc alone. {install}\n"
+            "NOT DONE, since Quarto is not on PATH: the theme, the sidebar and the search. The\n"
+            f"pages are plain ones, made by pandoc alone. {install}\n"
         )
     return (
-        "NOT DONE, since neither Quarto nor pypandoc_binary is here: the site itself, its downloads\n"
-        f"and the assistant's page, try.html. {install} Options,\n"
+        "NOT DONE, since neither Quarto nor pypandoc_binary is here: the site itself, its\n"
+        f"downloads and the assistant's page, try.html. {install} Options,\n"
         "links, anchors and pictures of the prepared pages were checked without it.\n"
     )
 

@@ -161,6 +161,5 @@ def make_site(proc: Path, docs: Path) -> list:
         shutil.copy(proc / name, docs / name)
     pages = sorted([*proc.glob("*.ipynb"), *proc.glob("**/*.qmd")])
     with ThreadPoolExecutor(2) as pool:
-        return [
-            line for said in pool.map(lambda p: render(p, proc, docs, template), pages) for line in said
-        ]
+        said = pool.map(lambda page: render(page, proc, docs, template), pages)
+        return [line for lines in said for line in lines]

@@ -25,6 +25,18 @@ PICTURES, ASSERTING_SHARE = 4, 0.2
 ROAD = {"code lines": 450, "code cells": 60, "words": 2000, "KB": 120, "public names": 20}
 ENGINE_ROOM = {"code lines": 700, "KB": 120, "public names": 20}
 MINUTES = (10, 60)
+OUTPUT_WIDTH = 76  # columns of what a cell prints: `print_wrapped` keeps to them
+# Cells that print wider lines, each with its reason. It may only shrink.
+WIDE_OUTPUTS = {
+    "99_capstone c74a1226": "shows a program as an entry of the capstone stores it",
+    "91_ship.prompt f8d7251e": "to be wrapped when it is stored next",
+    "91_ship.prompt 2ee6cf88": "to be wrapped when it is stored next",
+    "91_ship.prompt f2245dc5": "to be wrapped when it is stored next",
+    "93_ship.share dbbb5f9b": "to be wrapped when it is stored next",
+    "95_ship.decide 11507c90": "to be wrapped when it is stored next",
+    "95_ship.decide 0a66517d": "to be wrapped when it is stored next",
+    "95_ship.decide 4f7a9e96": "to be wrapped when it is stored next",
+}
 # Notebooks over a limit, each with its reason: {name: {what: most}}. At most five; it may only shrink.
 EXCEPTIONS = {}
 TEST_CALL = re.compile(r"test_\w+|check(_solution)?|assert_\w+")
@@ -484,6 +496,26 @@ def output_texts(cell: Cell) -> list:
         texts += [v for k, v in output.get("data", {}).items() if k.startswith("text/")]
     texts = [t if isinstance(t, str) else "".join(t) for t in texts]
     return [re.sub(r"data:image/[^\"]*", "", text) for text in texts]
+
+
+def printed_lines(cell: Cell) -> list:
+    "The lines that a cell prints; not the words that stand for a picture."
+    texts = []
+    for output in cell.outputs:
+        data = output.get("data", {})
+        texts.append(output.get("text", ""))
+        texts += data.values() if set(data) == {"text/plain"} else []
+    texts = [text if isinstance(text, str) else "".join(text) for text in texts]
+    return [line for text in texts for line in text.splitlines()]
+
+
+@rule
+def printed_lines_are_narrow(lesson):
+    for cell in lesson.code_cells:
+        wide = [line for line in printed_lines(cell) if len(line) > OUTPUT_WIDTH]
+        if wide and f"{lesson.name} {cell.id}" not in WIDE_OUTPUTS:
+            found = f"prints {len(wide)} lines of more than {OUTPUT_WIDTH} columns"
+            yield f"cell {cell.id}: {found}; use print_wrapped: {wide[0][:40]!r}"
 
 
 @rule
