@@ -149,21 +149,24 @@ def align_run(
     source, teaching = _begun(folder / "config.json", source, teaching)
     teaching.check()
     asked = full_paths({k: v for k, v in asdict(teaching).items() if v})
+    if not asked and not _is_copied(source):
+        raise _nothing_to_learn(source)
     adopt_run(source, folder, keep_sft=teaching.chats is None, asked=asked)
     settings = Settings(teaching=asked)
-    _check_there_is_something(source, folder, settings)
+    if len(assistant_stages(settings.settle(folder))) == len(BASE_STAGES):
+        raise _nothing_to_learn(source)
     return run_stages(folder, settings, assistant_stages, reporter, machine)
 
 # %% ../../nbs/95n_pipeline.begin.ipynb #034b17ba
-def _check_there_is_something(source, folder: Path, settings: Settings) -> None:
-    "Raise `ValueError` where neither conversations nor preferences are known."
-    if len(assistant_stages(settings.settle(folder))) == len(BASE_STAGES):
-        raise ValueError(f"say what {source} is to learn: --chats with conversations, "
-                         "--preferences with pairs, or world for either")
+def _nothing_to_learn(source: str | Path | None) -> ValueError:
+    "Where neither conversations nor preferences are known."
+    called = "the model that ships" if is_shipped(source) else Path(source).name
+    return ValueError(f"say what {called} is to learn: --chats with conversations, "
+                      "--preferences with pairs, or world for either")
 
 # %% ../../nbs/95n_pipeline.begin.ipynb #ceab7b26
 _START = "start.safetensors"  # the model that a run began with
-_FIXED = ("tokenizer", "vocab_size", "size")
+_FIXED = {"tokenizer": "tokenizer", "vocab_size": "vocab_size", "size": "depth or preset"}
 
 def begins_with_model(
     folder: Path | None, # A run's folder, perhaps not there yet
@@ -174,7 +177,8 @@ def begins_with_model(
 def _check_choices(settings: Settings) -> None:
     "Raise `ValueError` for what the model itself decides, and without a text."
     sizes = set(settings.changes or {}) - {"lr", "context_length", "batch_size"}
-    wrong = [k for k in _FIXED if getattr(settings, k) is not None] + sorted(sizes)
+    fixed = [told for k, told in _FIXED.items() if getattr(settings, k) is not None]
+    wrong = fixed + sorted(sizes)
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: a model that is there has its tokenizer and its "
                          "sizes already; with --from, choose --steps or --minutes, --lr, "
