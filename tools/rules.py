@@ -29,13 +29,6 @@ OUTPUT_WIDTH = 76  # columns of what a cell prints: `print_wrapped` keeps to the
 # Cells that print wider lines, each with its reason. It may only shrink.
 WIDE_OUTPUTS = {
     "99_capstone c74a1226": "shows a program as an entry of the capstone stores it",
-    "91_ship.prompt f8d7251e": "to be wrapped when it is stored next",
-    "91_ship.prompt 2ee6cf88": "to be wrapped when it is stored next",
-    "91_ship.prompt f2245dc5": "to be wrapped when it is stored next",
-    "93_ship.share dbbb5f9b": "to be wrapped when it is stored next",
-    "95_ship.decide 11507c90": "to be wrapped when it is stored next",
-    "95_ship.decide 0a66517d": "to be wrapped when it is stored next",
-    "95_ship.decide 4f7a9e96": "to be wrapped when it is stored next",
 }
 # Notebooks over a limit, each with its reason: {name: {what: most}}. At most five; it may only shrink.
 EXCEPTIONS = {}
